@@ -1,0 +1,92 @@
+"""=== Django Async Views ===
+
+Basic Async View:
+  async def my_view(request):
+      return JsonResponse({...})
+
+With Await:
+  async def my_view(request):
+      data = await async_operation()
+      return JsonResponse(data)
+
+Concurrent Calls:
+  results = await asyncio.gather(
+      api_call_1(),
+      api_call_2()
+  )
+
+Running ASGI:
+  uvicorn app:application --reload               # this file
+  uvicorn myproject.asgi:application --reload    # a whole project
+"""
+
+import asyncio
+
+from django.conf import settings
+from django.core.asgi import get_asgi_application
+from django.http import HttpRequest, JsonResponse
+from django.urls import path
+from django.views.decorators.http import require_safe
+
+settings.configure(
+    ROOT_URLCONF=__name__,  # this file, under whatever name it is copied to
+    LOGGING_CONFIG=None,  # Django's own would drop tracebacks while DEBUG is off
+)
+
+
+async def get_user_stats() -> dict[str, int]:
+    """Simulate a call to a user service: 0.05 s, {"users": int, "active": int}."""
+    await asyncio.sleep(0.05)
+    return {"users": 1000, "active": 250}
+
+
+async def get_transaction_stats() -> dict[str, int]:
+    """Simulate a call to a payment service: 0.05 s, {"total": int, "today": int}."""
+    await asyncio.sleep(0.05)
+    return {"total": 5000, "today": 42}
+
+
+# Bare Django answers a POST or a DELETE as it does a GET; require_safe answers 405.
+@require_safe
+async def health_check(request: HttpRequest) -> JsonResponse:
+    """Show a basic async view: no wait, {"status": str, "async": bool}."""
+    return JsonResponse({"status": "healthy", "async": True})
+
+
+@require_safe
+async def fetch_data(request: HttpRequest) -> JsonResponse:
+    """Show `await`: one simulated call of 0.1 s, {"message": str}."""
+    await asyncio.sleep(0.1)
+    return JsonResponse({"message": "Data fetched asynchronously"})
+
+
+@require_safe
+async def dashboard_data(request: HttpRequest) -> JsonResponse:
+    """Show `gather`: two calls of 0.05 s in 0.05 s, {"users": {}, "transactions": {}}.
+
+    A call that raises makes the answer a 500.
+    """
+    users, transactions = await asyncio.gather(
+        get_user_stats(), get_transaction_stats()
+    )
+    return JsonResponse({"users": users, "transactions": transactions})
+
+
+# A plain `def`: sync and async mix, and Django calls error handlers in a thread.
+def not_found(request: HttpRequest, exception: Exception) -> JsonResponse:
+    """Answer an unknown path with 404, {"error": str, "paths": [str]}."""
+    paths = [f"/{route.pattern}" for route in urlpatterns]
+    return JsonResponse({"error": "Not found", "paths": paths}, status=404)
+
+
+urlpatterns = [
+    path("health/", health_check),
+    path("data/", fetch_data),
+    path("dashboard/", dashboard_data),
+]
+handler404 = not_found
+
+application = get_asgi_application()
+
+if __name__ == "__main__":
+    print(__doc__, end="")
