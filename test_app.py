@@ -306,3 +306,18 @@ def test_only_running_the_file_prints(argument: str, output: str) -> None:
 
 def test_debug_is_off() -> None:
     assert settings.DEBUG is False
+
+
+README = (HERE / "README.md").read_text()
+
+
+async def test_readme_shows_what_each_view_answers(client: AsyncClient) -> None:
+    examples = re.findall(r"curl (http\S+)\n```\n\n```json\n(.+)\n```", README)
+    assert len(examples) == README.count("```json") == len(ANSWERS)
+    for url, text in examples:
+        assert (await client.get(url)).text == text
+
+
+async def test_urls_in_readme_exist(client: AsyncClient) -> None:
+    for url in re.findall(r"http://127\.0\.0\.1[\w:/.]*", README):
+        assert (await client.get(url)).status_code == 200
