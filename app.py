@@ -16,6 +16,7 @@ Concurrent Calls:
   )
 
 Running ASGI:
+  pip install "Django>=5.2" "uvicorn[standard]"
   uvicorn app:application --reload               # this file
   uvicorn myproject.asgi:application --reload    # a whole project
 """
@@ -30,18 +31,18 @@ from django.views.decorators.http import require_safe
 
 settings.configure(
     ROOT_URLCONF=__name__,  # this file, under whatever name it is copied to
-    LOGGING_CONFIG=None,  # Django's own would drop tracebacks while DEBUG is off
+    LOGGING_CONFIG=None,  # Django's default drops tracebacks while DEBUG is off
 )
 
 
 async def get_user_stats() -> dict[str, int]:
-    """Simulate a call to a user service: 0.05 s, {"users": int, "active": int}."""
+    """Return {"users": int, "active": int} after 0.05 s, as a user service might."""
     await asyncio.sleep(0.05)
     return {"users": 1000, "active": 250}
 
 
 async def get_transaction_stats() -> dict[str, int]:
-    """Simulate a call to a payment service: 0.05 s, {"total": int, "today": int}."""
+    """Return {"total": int, "today": int} after 0.05 s, as a payment service might."""
     await asyncio.sleep(0.05)
     return {"total": 5000, "today": 42}
 
@@ -49,22 +50,23 @@ async def get_transaction_stats() -> dict[str, int]:
 # Bare Django answers a POST or a DELETE as it does a GET; require_safe answers 405.
 @require_safe
 async def health_check(request: HttpRequest) -> JsonResponse:
-    """Show a basic async view: no wait, {"status": str, "async": bool}."""
+    """Answer {"status": str, "async": bool} at once: an async view need not await."""
     return JsonResponse({"status": "healthy", "async": True})
 
 
 @require_safe
 async def fetch_data(request: HttpRequest) -> JsonResponse:
-    """Show `await`: one simulated call of 0.1 s, {"message": str}."""
+    """Answer {"message": str} after awaiting one simulated call of 0.1 s."""
     await asyncio.sleep(0.1)
     return JsonResponse({"message": "Data fetched asynchronously"})
 
 
 @require_safe
 async def dashboard_data(request: HttpRequest) -> JsonResponse:
-    """Show `gather`: two calls of 0.05 s in 0.05 s, {"users": {}, "transactions": {}}.
+    """Answer {"users": {str: int}, "transactions": {str: int}} after 0.05 s.
 
-    A call that raises makes the answer a 500.
+    Both calls run at the same time. If one raises, the answer is a 500 at once, and
+    the other call runs on to its end.
     """
     users, transactions = await asyncio.gather(
         get_user_stats(), get_transaction_stats()
@@ -72,9 +74,10 @@ async def dashboard_data(request: HttpRequest) -> JsonResponse:
     return JsonResponse({"users": users, "transactions": transactions})
 
 
-# A plain `def`: sync and async mix, and Django calls error handlers in a thread.
+# Not async: Django calls error handlers without `await`, and would answer 500.
+# For this demo only: in a project it would publish every route, `admin/` included.
 def not_found(request: HttpRequest, exception: Exception) -> JsonResponse:
-    """Answer an unknown path with 404, {"error": str, "paths": [str]}."""
+    """Answer an unknown path with a 404: {"error": str, "paths": [str]}."""
     paths = [f"/{route.pattern}" for route in urlpatterns]
     return JsonResponse({"error": "Not found", "paths": paths}, status=404)
 

@@ -291,6 +291,7 @@ Concurrent Calls:
   )
 
 Running ASGI:
+  pip install "Django>=5.2" "uvicorn[standard]"
   uvicorn app:application --reload               # this file
   uvicorn myproject.asgi:application --reload    # a whole project
 """
