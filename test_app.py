@@ -34,6 +34,7 @@ from unittest.mock import patch
 import pytest
 from django.conf import settings
 from django.core.handlers.asgi import ASGIHandler
+from django.core.management import call_command
 from django.http import HttpRequest, HttpResponse
 from django.test import override_settings
 from django.urls import URLPattern, path
@@ -395,6 +396,12 @@ def test_running_the_file_prints_the_summary_and_ends() -> None:
 README = (HERE / "README.md").read_text()
 
 
+def block(word: str) -> str:
+    """Return the README's first block of Python that has the word in it."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    return next(block for block in blocks if word in block)
+
+
 async def test_readme_answers_and_urls_are_true(client: AsyncClient) -> None:
     examples = re.findall(r"curl (http\S+)\n```\n\n```json\n(.+)\n```", README)
     assert len(examples) == README.count("```json")
@@ -403,3 +410,39 @@ async def test_readme_answers_and_urls_are_true(client: AsyncClient) -> None:
         assert (await client.get(url)).text == text
     for url in re.findall(r"http://127\.0\.0\.1[\w:/.]*", README):
         assert (await client.get(url)).status_code == 200
+
+
+async def test_readme_real_calls_overlap(client: AsyncClient) -> None:
+    with serve("test_app:held_application", "--factory") as (process, log, service):
+        source = block("httpx").replace("https://users.example/stats/", "/dashboard/")
+        options = f"base_url='{service.base_url}', trust_env=False, timeout={PATIENCE}"
+        exec(source.replace("timeout=2", options), real := {})
+        stats = real["get_user_stats"]
+        with patch.multiple(app, get_user_stats=stats, get_transaction_stats=stats):
+            request = create_task(client.get("/dashboard/"))
+            in_flight = ("calls in flight", lambda: log().count("in flight"), 4)
+            await to_thread(wait_for, *in_flight, request)
+        process.stdin.close()
+        both = ANSWERS["/dashboard/"]
+        assert (await request).text == f'{{"users": {both}, "transactions": {both}}}'
+        await real["client"].aclose()
+
+
+@pytest.mark.parametrize("debug", ["True", "False"])
+def test_readme_leads_into_a_project(debug: str) -> None:
+    with TemporaryDirectory() as folder:
+        call_command("startproject", "myproject", folder)
+        package = Path(folder, "myproject")
+        source = Path(app.__file__).read_text()
+        views = source[source.index("async def get_") : source.index("# Not async")]
+        package.joinpath("views.py").write_text(block("import asyncio") + views)
+        failing = 'urlpatterns.append(path("failing/", lambda request: 1 / 0))'
+        package.joinpath("urls.py").write_text(block("admin.site.urls") + failing)
+        hosts = f'DEBUG = {debug}\nALLOWED_HOSTS = ["127.0.0.1"]\n'
+        settings = package.joinpath("settings.py").read_text()
+        package.joinpath("settings.py").write_text(settings + block("LOGGING") + hosts)
+        with serve("myproject.asgi:application", folder=folder) as (_, log, client):
+            assert {url: client.get(url).text for url in ANSWERS} == ANSWERS
+            assert client.get("/admin/").headers["location"].startswith("/admin/login/")
+            assert client.get("/failing/").status_code == 500
+            assert log().count("ZeroDivisionError: division by zero") == 1
