@@ -3,13 +3,12 @@
 Async tests run on anyio's pytest plugin, which httpx brings: the `anyio` mark selects
 them, and `anyio_backend` names asyncio, the event loop that Django needs. `client`
 calls the application in this process; `serve` runs uvicorn in a process of its own.
+The pattern is for an app without a database. A project that has one tests with
+Django's own `AsyncClient` and test runner, or with pytest-django.
 
 No test asserts how long something took: a busy machine would break it. What should
 overlap is held until the test has seen all of it in flight at once. Calls made one
 after the other never get there, and the test fails when its `PATIENCE` is over.
-
-The pattern is for an app without a database. A project that has one tests with
-Django's own `AsyncClient` and test runner, or with pytest-django.
 """
 
 import asyncio
@@ -36,8 +35,7 @@ from django.conf import settings
 from django.core.handlers.asgi import ASGIHandler
 from django.core.management import call_command
 from django.http import HttpRequest, HttpResponse
-from django.test import override_settings
-from django.urls import URLPattern, path
+from django.urls import URLPattern
 from httpx import ASGITransport, AsyncClient, Client, Response, TransportError
 
 HERE = Path(__file__).parent
@@ -57,28 +55,30 @@ ANSWERS = {
 NOT_FOUND = '{"error": "Not found", "paths": ["/health/", "/data/", "/dashboard/"]}'
 JSON = {"content-type": "application/json"}
 HTML = {"content-type": "text/html; charset=utf-8"}
+SETTINGS = {name for name in dir(settings) if settings.is_overridden(name)}
 Calls = SimpleNamespace
 Get = Callable[[], Any]
 
 
-def end_run(number: int, frame: FrameType) -> NoReturn:
-    """End the run as Ctrl+C does, through each `finally`; kill it if that hangs."""
-    signal.signal(number, signal.SIG_IGN)  # `timeout` sends its signal twice.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(2 * PATIENCE)
-    test = os.environ["PYTEST_CURRENT_TEST"]
-    where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-    raise KeyboardInterrupt(f"{signal.Signals(number).name} in {test} at {where}")
-
-
 @pytest.fixture(autouse=True)
-def ends_in_order() -> Iterator[None]:
+def ends_in_order(capfd: pytest.CaptureFixture) -> Iterator[None]:
     """End what the test started when the run is told to end, or when the test hangs."""
+
+    def end_run(number: int, frame: FrameType) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # `timeout` sends its signal twice.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(15)  # In case that the end hangs as well.
+        test, where = os.environ["PYTEST_CURRENT_TEST"], frame.f_code.co_filename
+        reason = f"{signal.Signals(number).name} in {test}, at {where}:{frame.f_lineno}"
+        with capfd.disabled():
+            print(reason, flush=True)
+        raise KeyboardInterrupt(reason)
+
     signals = [signal.SIGTERM, signal.SIGHUP, signal.SIGALRM]
     caught = [n for n in signals if signal.getsignal(n) == signal.SIG_DFL]
     for number in caught:
         signal.signal(number, end_run)
-    signal.alarm(3 * PATIENCE)
+    signal.alarm(25)
     yield
     signal.alarm(0)
     for number in caught:
@@ -125,28 +125,8 @@ def exact(answer: Response) -> tuple[int, dict[str, str], str]:
     return answer.status_code, dict(answer.headers), answer.text
 
 
-@pytest.mark.parametrize("url", [*ANSWERS, "/", "/health", "/unknown/"])
-async def test_answer_depends_on_path_and_method_alone(
-    client: AsyncClient, calls: Calls, caplog: pytest.LogCaptureFixture, url: str
-) -> None:
-    calls.released.set()
-    caplog.set_level("DEBUG")
-    read = (200, JSON, ANSWERS[url]) if url in ANSWERS else (404, JSON, NOT_FOUND)
-    refused = (405, {**HTML, "allow": "GET, HEAD"}, "") if url in ANSWERS else read
-    wanted = {"GET": read, "HEAD": (*read[:2], "")}
-    for value in map(str, range(15)):
-        headers = dict.fromkeys(["Accept", "Cookie", "Host"], f"{value}={value}")
-        for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
-            answer = await client.request(method, f"{url}?{value}", headers=headers)
-            assert exact(answer) == wanted.get(method, refused), (method, value)
-    assert app.__file__ not in {record.pathname for record in caplog.records}
-
-
-@pytest.mark.parametrize("route", app.urlpatterns, ids=str)
-async def test_view_reads_the_method_alone(route: URLPattern, calls: Calls) -> None:
-    calls.released.set()
-    answer = await route.callback(SimpleNamespace(method="GET"))
-    assert answer.content.decode() == ANSWERS[f"/{route.pattern}"]
+def test_not_found_reads_nothing() -> None:
+    assert app.not_found(object(), object()).content.decode() == NOT_FOUND
 
 
 async def test_views_wait_without_blocking(client: AsyncClient, calls: Calls) -> None:
@@ -169,6 +149,30 @@ async def test_views_wait_without_blocking(client: AsyncClient, calls: Calls) ->
     assert calls.started == [0.1, 0.05, 0.05]
 
 
+@pytest.mark.parametrize("url", [*ANSWERS, "/a/health/"])
+async def test_answer_depends_on_path_and_method_alone(
+    client: AsyncClient, calls: Calls, caplog: pytest.LogCaptureFixture, url: str
+) -> None:
+    calls.released.set()
+    caplog.set_level("DEBUG")
+    read = (200, JSON, ANSWERS[url]) if url in ANSWERS else (404, JSON, NOT_FOUND)
+    refused = (405, {**HTML, "allow": "GET, HEAD"}, "") if url in ANSWERS else read
+    wanted = {"GET": read, "HEAD": (*read[:2], "")}
+    methods = ["GET"] * 100 + ["HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+    for number, method in enumerate(methods):
+        headers = dict.fromkeys(["Accept", "Cookie", "Host"], f"{number}={number}")
+        answer = await client.request(method, f"{url}?{number}", headers=headers)
+        assert exact(answer) == wanted.get(method, refused), (method, number)
+    assert app.__file__ not in {record.pathname for record in caplog.records}
+
+
+@pytest.mark.parametrize("route", app.urlpatterns, ids=str)
+async def test_view_reads_the_method_alone(route: URLPattern, calls: Calls) -> None:
+    calls.released.set()
+    answer = await route.callback(SimpleNamespace(method="GET"))
+    assert answer.content.decode() == ANSWERS[f"/{route.pattern}"]
+
+
 @pytest.mark.parametrize(("url", "count"), [("/data/", 100), ("/dashboard/", 200)])
 async def test_one_event_loop_serves_100_requests_at_once(
     client: AsyncClient, calls: Calls, url: str, count: int
@@ -177,42 +181,45 @@ async def test_one_event_loop_serves_100_requests_at_once(
     in_flight = ("calls in flight", lambda: len(calls.started), count)
     await to_thread(wait_for, *in_flight, *requests)
     assert (await client.get("/health/")).text == ANSWERS["/health/"]
+    assert not any(request.done() for request in requests)
     calls.released.set()
     assert {answer.text for answer in await gather(*requests)} == {ANSWERS[url]}
 
 
+@pytest.mark.parametrize("error", [ConnectionError, RuntimeError, TimeoutError])
 @pytest.mark.parametrize("source", ["get_user_stats", "get_transaction_stats"])
 async def test_call_that_raises_is_a_500_at_once_and_the_other_runs_on(
-    client: AsyncClient, calls: Calls, caplog: pytest.LogCaptureFixture, source: str
+    client: AsyncClient,
+    calls: Calls,
+    caplog: pytest.LogCaptureFixture,
+    source: str,
+    error: type[Exception],
 ) -> None:
-    error = RuntimeError("service is down")
-    with patch.object(app, source, side_effect=error):
+    with patch.object(app, source, side_effect=error("service is down")) as call:
         request = create_task(client.get("/dashboard/"))
         await to_thread(wait_for, "answer while a call is held", request.done, True)
     status, headers, text = exact(await request)
     assert (status, headers) == (500, HTML)
     assert "Server Error (500)" in text
     assert "service is down" not in text
-    assert [record.exc_info[1] for record in caplog.records] == [error]
+    assert [record.exc_info[1] for record in caplog.records] == [call.side_effect]
+    call.assert_awaited_once()
     assert calls.ended == []
     calls.released.set()
     await to_thread(wait_for, "the other call's end", lambda: calls.ended, [0.05])
 
 
-blocked, unblocked = threading.Event(), threading.Event()
+async def test_sync_view_that_blocks_leaves_async_view_free(
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked, unblocked = threading.Event(), threading.Event()
 
+    def blocking_view(request: HttpRequest) -> HttpResponse:
+        blocked.set()
+        return HttpResponse(f"unblocked: {unblocked.wait(PATIENCE)}")
 
-def blocking_view(request: HttpRequest) -> HttpResponse:
-    blocked.set()
-    return HttpResponse(f"unblocked: {unblocked.wait(PATIENCE)}")
-
-
-urlpatterns = [path("blocking/", blocking_view), path("health/", app.health_check)]
-
-
-@override_settings(ROOT_URLCONF=__name__)
-async def test_blocking_sync_view_leaves_async_view_free(client: AsyncClient) -> None:
-    request = create_task(client.get("/blocking/"))
+    monkeypatch.setattr(app.urlpatterns[1], "callback", blocking_view)
+    request = create_task(client.get("/data/"))
     await to_thread(wait_for, "sync view called", blocked.is_set, True, request)
     health = await client.get("/health/")
     unblocked.set()
@@ -220,10 +227,9 @@ async def test_blocking_sync_view_leaves_async_view_free(client: AsyncClient) ->
     assert (await request).text == "unblocked: True"
 
 
-def test_no_setting_but_two() -> None:
-    names = filter(str.isupper, dir(settings))
-    ours = {n: getattr(settings, n) for n in names if settings.is_overridden(n)}
-    assert ours == {"LOGGING_CONFIG": None, "ROOT_URLCONF": "app"}
+def test_django_is_as_it_comes_but_for_two_settings() -> None:
+    assert set(filter(str.isupper, SETTINGS)) == {"LOGGING_CONFIG", "ROOT_URLCONF"}
+    assert type(app.application) is ASGIHandler
 
 
 ENVIRONMENT = {
@@ -255,7 +261,9 @@ def python(*arguments: str, folder: str | Path = HERE) -> Iterator[tuple[Popen, 
             try:
                 process.wait(PATIENCE)
             finally:
-                with suppress(ProcessLookupError):  # Or else, a --reload worker ends.
+                with suppress(
+                    ProcessLookupError
+                ):  # Such as a --reload worker, left over.
                     os.killpg(process.pid, signal.SIGKILL)
                 print(read())  # pytest shows it when the test fails.
 
@@ -282,24 +290,34 @@ def test_uvicorn_answers_over_tcp_and_logs_failures_alone() -> None:
     with serve("app:application") as (_, log, client):
         assert {url: client.get(url).text for url in ANSWERS} == ANSWERS
         assert {client.head(url).status_code for url in ANSWERS} == {200}
-        assert client.get("/").text == NOT_FOUND
+        assert client.get("/health").text == NOT_FOUND
         assert client.post("/health/").status_code == 405
         *start, running, missing, refused = log().splitlines()
         assert {line.split(":")[0] for line in [*start, running]} == {"INFO"}
         assert "running on" in running
-        assert missing == "Not Found: /"
+        assert missing == "Not Found: /health"
         assert refused == "Method Not Allowed (POST): /health/"
 
 
-def held_application() -> ASGIHandler:
-    """Hold the dashboard's calls until stdin ends, fail the one of `/data/`.
+def failing_application() -> ASGIHandler:
+    """Give the app a source that cannot be called; uvicorn's own process calls this."""
+    app.get_user_stats = None
+    return app.application
 
-    It is uvicorn's own process that calls this: `--factory`.
-    """
+
+def test_traceback_of_a_view_is_on_stderr_once() -> None:
+    with serve("test_app:failing_application", "--factory") as (_, log, client):
+        assert client.get("/dashboard/").status_code == 500
+        failure = log().partition("(Press CTRL+C to quit)\n")[2]
+        assert failure.startswith("Internal Server Error: /dashboard/\nTraceback")
+        assert failure.endswith("TypeError: 'NoneType' object is not callable\n")
+        assert failure.count("Traceback") == 1
+
+
+def held_application() -> ASGIHandler:
+    """Hold each simulated call until stdin ends; uvicorn's own process calls this."""
 
     async def sleep(seconds: float) -> None:
-        if seconds == 0.1:
-            raise RuntimeError("service is down")
         print("in flight")
         try:
             await to_thread(sys.stdin.buffer.read)
@@ -309,12 +327,6 @@ def held_application() -> ASGIHandler:
 
     app.asyncio = SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
     return app.application
-
-
-def test_traceback_of_a_view_is_on_stderr_once() -> None:
-    with serve("test_app:held_application", "--factory") as (_, log, client):
-        assert client.get("/data/").status_code == 500
-        assert log().count("RuntimeError: service is down") == 1
 
 
 def test_requests_over_tcp_overlap_and_outlive_sigterm() -> None:
@@ -329,16 +341,17 @@ def test_requests_over_tcp_overlap_and_outlive_sigterm() -> None:
         assert answers == [ANSWERS["/dashboard/"]] * 2
 
 
-def test_client_that_leaves_cancels_both_calls() -> None:
+def test_client_that_leaves_cancels_the_calls() -> None:
     server = serve("test_app:held_application", "--factory")
     with ThreadPoolExecutor() as pool, server as (_, log, client):
         address = (client.base_url.host, client.base_url.port)
-        with socket.create_connection(address, PATIENCE) as connection:
-            connection.sendall(b"GET /dashboard/ HTTP/1.1\r\nHost: app\r\n\r\n")
-            request = pool.submit(connection.recv, 100)
-            wait_for("calls in flight", lambda: log().count("in flight"), 2, request)
-            connection.shutdown(socket.SHUT_RDWR)
-        wait_for("calls cancelled", lambda: log().count("cancelled"), 2)
+        for url, calls in (("/data/", 1), ("/dashboard/", 1 + 2)):
+            with socket.create_connection(address, PATIENCE) as leaver:
+                leaver.sendall(f"GET {url} HTTP/1.1\r\nHost: app\r\n\r\n".encode())
+                answer = pool.submit(leaver.recv, 100)
+                wait_for("in flight", lambda: log().count("in flight"), calls, answer)
+                leaver.shutdown(socket.SHUT_RDWR)
+            wait_for("cancelled", lambda: log().count("cancelled"), calls)
         assert client.get("/health/").text == ANSWERS["/health/"]
 
 
@@ -402,12 +415,14 @@ def block(word: str) -> str:
     return next(block for block in blocks if word in block)
 
 
-async def test_readme_answers_and_urls_are_true(client: AsyncClient) -> None:
-    examples = re.findall(r"curl (http\S+)\n```\n\n```json\n(.+)\n```", README)
-    assert len(examples) == README.count("```json")
-    assert {text for _, text in examples} == {*ANSWERS.values()}
-    for url, text in examples:
-        assert (await client.get(url)).text == text
+async def test_readme_answers_and_urls_are_true(
+    client: AsyncClient, calls: Calls
+) -> None:
+    calls.released.set()
+    examples = r"```sh\n(curl [^`]*)```\n\n```json\n([^`]*)```"
+    asked, shown = re.search(examples, README).groups()
+    answers = [(await client.get(url)).text for url in re.findall(r"http\S+", asked)]
+    assert answers == shown.splitlines() == [*ANSWERS.values()]
     for url in re.findall(r"http://127\.0\.0\.1[\w:/.]*", README):
         assert (await client.get(url)).status_code == 200
 
@@ -434,6 +449,7 @@ def test_readme_leads_into_a_project(debug: str) -> None:
         call_command("startproject", "myproject", folder)
         package = Path(folder, "myproject")
         source = Path(app.__file__).read_text()
+        # What `app.py` newly imports, the README's `views.py` has to import as well.
         views = source[source.index("async def get_") : source.index("# Not async")]
         package.joinpath("views.py").write_text(block("import asyncio") + views)
         failing = 'urlpatterns.append(path("failing/", lambda request: 1 / 0))'
