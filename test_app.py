@@ -12,6 +12,7 @@ after the other never get there, and the test fails when its `PATIENCE` is over.
 """
 
 import asyncio
+import faulthandler
 import os
 import re
 import signal
@@ -55,7 +56,8 @@ ANSWERS = {
 NOT_FOUND = '{"error": "Not found", "paths": ["/health/", "/data/", "/dashboard/"]}'
 JSON = {"content-type": "application/json"}
 HTML = {"content-type": "text/html; charset=utf-8"}
-SETTINGS = {name for name in dir(settings) if settings.is_overridden(name)}
+# Read before a plugin of pytest can change them.
+SETTINGS = {n for n in dir(settings) if n.isupper() and settings.is_overridden(n)}
 Calls = SimpleNamespace
 Get = Callable[[], Any]
 
@@ -68,10 +70,10 @@ def ends_in_order(capfd: pytest.CaptureFixture) -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)  # `timeout` sends its signal twice.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(15)  # In case that the end hangs as well.
-        test, where = os.environ["PYTEST_CURRENT_TEST"], frame.f_code.co_filename
-        reason = f"{signal.Signals(number).name} in {test}, at {where}:{frame.f_lineno}"
+        reason = f"{signal.Signals(number).name} in {os.environ['PYTEST_CURRENT_TEST']}"
         with capfd.disabled():
             print(reason, flush=True)
+            faulthandler.dump_traceback()  # Of all threads: it says what hangs.
         raise KeyboardInterrupt(reason)
 
     signals = [signal.SIGTERM, signal.SIGHUP, signal.SIGALRM]
@@ -173,6 +175,15 @@ async def test_view_reads_the_method_alone(route: URLPattern, calls: Calls) -> N
     assert answer.content.decode() == ANSWERS[f"/{route.pattern}"]
 
 
+@pytest.mark.parametrize("route", app.urlpatterns[1:], ids=str)
+async def test_view_heeds_its_cancellation(route: URLPattern, calls: Calls) -> None:
+    view = create_task(route.callback(SimpleNamespace(method="GET")))
+    await to_thread(wait_for, "call started", lambda: bool(calls.started), True, view)
+    view.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await view
+
+
 @pytest.mark.parametrize(("url", "count"), [("/data/", 100), ("/dashboard/", 200)])
 async def test_one_event_loop_serves_100_requests_at_once(
     client: AsyncClient, calls: Calls, url: str, count: int
@@ -228,7 +239,7 @@ async def test_sync_view_that_blocks_leaves_async_view_free(
 
 
 def test_django_is_as_it_comes_but_for_two_settings() -> None:
-    assert set(filter(str.isupper, SETTINGS)) == {"LOGGING_CONFIG", "ROOT_URLCONF"}
+    assert {"LOGGING_CONFIG", "ROOT_URLCONF"} == SETTINGS
     assert type(app.application) is ASGIHandler
 
 
@@ -261,9 +272,8 @@ def python(*arguments: str, folder: str | Path = HERE) -> Iterator[tuple[Popen, 
             try:
                 process.wait(PATIENCE)
             finally:
-                with suppress(
-                    ProcessLookupError
-                ):  # Such as a --reload worker, left over.
+                # What it started may be left over, such as a --reload worker.
+                with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 print(read())  # pytest shows it when the test fails.
 
