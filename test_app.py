@@ -80,7 +80,7 @@ def ends_in_order(capfd: pytest.CaptureFixture) -> Iterator[None]:
     caught = [n for n in signals if signal.getsignal(n) == signal.SIG_DFL]
     for number in caught:
         signal.signal(number, end_run)
-    signal.alarm(25)
+    signal.alarm(25)  # in seconds; a test that fails waits less than that
     yield
     signal.alarm(0)
     for number in caught:
@@ -242,6 +242,7 @@ def test_django_is_as_it_comes_but_for_two_settings() -> None:
     assert type(app.application) is ASGIHandler
 
 
+# Without what would change how Python, Django or uvicorn runs.
 ENVIRONMENT = {
     name: value
     for name, value in os.environ.items()
