@@ -75,9 +75,11 @@ async def dashboard_data(request: HttpRequest) -> JsonResponse:
 
 
 # Not async: Django calls error handlers without `await`, and would answer 500.
-# For this demo only: in a project it would publish every route, `admin/` included.
 def not_found(request: HttpRequest, exception: Exception) -> JsonResponse:
-    """Answer an unknown path with a 404: {"error": str, "paths": [str]}."""
+    """Answer an unknown path with a 404: {"error": str, "paths": [str]}.
+
+    For this demo only: in a project it would publish every route, `admin/` included.
+    """
     paths = [f"/{route.pattern}" for route in urlpatterns]
     return JsonResponse({"error": "Not found", "paths": paths}, status=404)
 

@@ -459,11 +459,12 @@ def test_readme_leads_into_a_project(debug: str) -> None:
         call_command("startproject", "myproject", folder)
         package = Path(folder, "myproject")
         source = Path(app.__file__).read_text()
-        # What `app.py` newly imports, the README's `views.py` has to import as well.
+        imports = re.findall("import asyncio|from django.http.*|from django.views.*", source)
         views = source[source.index("async def get_") : source.index("# Not async")]
-        package.joinpath("views.py").write_text(block("import asyncio") + views)
+        package.joinpath("views.py").write_text("\n".join(imports) + "\n" + views)
         failing = 'urlpatterns.append(path("failing/", lambda request: 1 / 0))'
-        package.joinpath("urls.py").write_text(block("admin.site.urls") + failing)
+        urls = package.joinpath("urls.py").read_text() + block("urlpatterns") + failing
+        package.joinpath("urls.py").write_text(urls)
         hosts = f'DEBUG = {debug}\nALLOWED_HOSTS = ["127.0.0.1"]\n'
         settings = package.joinpath("settings.py").read_text()
         package.joinpath("settings.py").write_text(settings + block("LOGGING") + hosts)
