@@ -3,46 +3,47 @@
 Async tests run on anyio's pytest plugin, which httpx brings: the `anyio` mark selects
 them, and `anyio_backend` names asyncio, the event loop that Django needs. `client`
 calls the application in this process; `serve` runs uvicorn in a process of its own.
-The pattern is for an app without a database. A project that has one tests with
-Django's own `AsyncClient` and test runner, or with pytest-django.
+A project with a database tests with Django's own test runner, or with pytest-django.
 
-No test asserts how long something took: a busy machine would break it. What should
-overlap is held until the test has seen all of it in flight at once. Calls made one
-after the other never get there, and the test fails when its `PATIENCE` is over.
+No test asserts how long something took: a busy machine would break it. `calls` holds
+the simulated calls until the test has seen all of them in flight at once. Calls made
+one after the other never get there, and the test fails when its `PATIENCE` is over.
 """
 
 import asyncio
 import faulthandler
+import inspect
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
 import threading
 import time
-from asyncio import Task, create_task, gather, to_thread
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from asyncio import create_task, gather
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
-from tempfile import NamedTemporaryFile, TemporaryDirectory
-from types import FrameType, SimpleNamespace
-from typing import Any, NoReturn
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+import uvicorn
+from anyio import fail_after
 from django.conf import settings
 from django.core.handlers.asgi import ASGIHandler
 from django.core.management import call_command
-from django.http import HttpRequest, HttpResponse
-from django.urls import URLPattern
-from httpx import ASGITransport, AsyncClient, Client, Response, TransportError
+from django.http import HttpResponse
+from django.urls import path
+from httpx import ASGITransport, AsyncClient, TransportError
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # pytest does so too, but not in every import mode.
 
-import app  # noqa: E402
+with patch("time.sleep", None):  # What blocks fails, also by `from time import sleep`.
+    import app
 
 pytestmark = pytest.mark.anyio
 
@@ -56,105 +57,83 @@ ANSWERS = {
 NOT_FOUND = '{"error": "Not found", "paths": ["/health/", "/data/", "/dashboard/"]}'
 JSON = {"content-type": "application/json"}
 HTML = {"content-type": "text/html; charset=utf-8"}
+GET = SimpleNamespace(method="GET")  # all of a request that the views read
+SOURCE = inspect.getsource(app)
 # Read before a plugin of pytest can change them.
 SETTINGS = {n for n in dir(settings) if n.isupper() and settings.is_overridden(n)}
-Calls = SimpleNamespace
-Get = Callable[[], Any]
 
 
 @pytest.fixture(autouse=True)
-def ends_in_order(capfd: pytest.CaptureFixture) -> Iterator[None]:
-    """End what the test started when the run is told to end, or when the test hangs."""
-
-    def end_run(number: int, frame: FrameType) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)  # `timeout` sends its signal twice.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(15)  # In case that the end hangs as well.
-        reason = f"{signal.Signals(number).name} in {os.environ['PYTEST_CURRENT_TEST']}"
-        with capfd.disabled():
-            print(reason, flush=True)
-            faulthandler.dump_traceback()  # Of all threads: it says what hangs.
-        raise KeyboardInterrupt(reason)
-
-    signals = [signal.SIGTERM, signal.SIGHUP, signal.SIGALRM]
-    caught = [n for n in signals if signal.getsignal(n) == signal.SIG_DFL]
-    for number in caught:
-        signal.signal(number, end_run)
-    signal.alarm(25)  # in seconds; a test that fails waits less than that
+def hang_ends_the_run(capfd):
+    """End a run that a test has hung for 25 s, and show what each thread does."""
+    with capfd.disabled():
+        stderr = os.dup(2)
+    faulthandler.register(signal.SIGALRM, stderr, chain=True)
+    signal.alarm(25)
     yield
     signal.alarm(0)
-    for number in caught:
-        signal.signal(number, signal.SIG_DFL)
-
-
-def wait_for(what: str, get: Get, wanted: object, *requests: Task | Future) -> None:
-    """Poll until `get` returns what is wanted; fail when a request ends before that."""
-    deadline = time.monotonic() + PATIENCE
-    while (got := get()) != wanted:
-        answers = [request.result() for request in requests if request.done()]
-        if answers or time.monotonic() > deadline:
-            pytest.fail(f"{what}: {got!r}, not {wanted!r}; answers: {answers}")
-        time.sleep(0.01)
+    faulthandler.unregister(signal.SIGALRM)
+    os.close(stderr)
 
 
 @pytest.fixture
-def anyio_backend() -> str:
+def anyio_backend():
     return "asyncio"
 
 
 @pytest.fixture
-async def client() -> AsyncIterator[AsyncClient]:
+async def client():
     transport = ASGITransport(app.application)
     async with AsyncClient(transport=transport, base_url="http://app") as client:
         yield client
 
 
+class Calls:
+    """Hold each simulated call until `released`, and tell what becomes of it."""
+
+    def __init__(self):
+        self.released = asyncio.Event()
+        self.events = asyncio.Queue()
+        self.seconds = []
+        # app.py's own asyncio: the event loop and uvicorn keep theirs.
+        self.asyncio = SimpleNamespace(**{**vars(asyncio), "sleep": self.sleep})
+
+    async def sleep(self, seconds):
+        self.seconds.append(seconds)
+        self.events.put_nowait("started")
+        try:
+            await self.released.wait()
+        except asyncio.CancelledError:
+            self.events.put_nowait("cancelled")
+            raise
+        self.events.put_nowait("ended")
+
+    async def see(self, *events):
+        with fail_after(PATIENCE):
+            assert [await self.events.get() for _ in events] == [*events]
+
+
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """Hold each simulated call, an `asyncio.sleep`, until all of them are released."""
-    calls = Calls(started=[], ended=[], released=asyncio.Event())
-
-    async def sleep(seconds: float) -> None:
-        calls.started.append(seconds)
-        await calls.released.wait()
-        calls.ended.append(seconds)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
+def calls(monkeypatch):
+    calls = Calls()
+    monkeypatch.setattr(app, "asyncio", calls.asyncio)
+    monkeypatch.setattr(time, "sleep", None)  # It would block the event loop.
     return calls
 
 
-def exact(answer: Response) -> tuple[int, dict[str, str], str]:
+def exact(answer):
     return answer.status_code, dict(answer.headers), answer.text
 
 
-def test_not_found_reads_nothing() -> None:
-    assert app.not_found(object(), object()).content.decode() == NOT_FOUND
+def test_app_needs_django_alone_as_it_comes_but_for_two_settings():
+    imports = re.findall(r"^\s*(?:from|import) (\w+)", SOURCE, re.MULTILINE)
+    assert {*imports} - sys.stdlib_module_names == {"django"}
+    assert {"LOGGING_CONFIG", "ROOT_URLCONF"} == SETTINGS
+    assert type(app.application) is ASGIHandler
 
 
-async def test_views_wait_without_blocking(client: AsyncClient, calls: Calls) -> None:
-    blocking = []
-
-    def note(frame: FrameType, event: str, function: object) -> None:
-        if function is time.sleep:
-            blocking.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-
-    calls.released.set()
-    threading.setprofile(note)  # Django calls the 404 handler in another thread.
-    sys.setprofile(note)
-    try:
-        for url in (*ANSWERS, "/unknown/"):
-            await client.get(url)
-    finally:
-        sys.setprofile(None)
-        threading.setprofile(None)
-    assert blocking == []
-    assert calls.started == [0.1, 0.05, 0.05]
-
-
-@pytest.mark.parametrize("url", [*ANSWERS, "/a/health/"])
-async def test_answer_depends_on_path_and_method_alone(
-    client: AsyncClient, calls: Calls, caplog: pytest.LogCaptureFixture, url: str
-) -> None:
+@pytest.mark.parametrize("url", [*ANSWERS, "/unknown/"])
+async def test_answer_depends_on_path_and_method_alone(client, calls, caplog, url):
     calls.released.set()
     caplog.set_level("DEBUG")
     read = (200, JSON, ANSWERS[url]) if url in ANSWERS else (404, JSON, NOT_FOUND)
@@ -169,221 +148,195 @@ async def test_answer_depends_on_path_and_method_alone(
 
 
 @pytest.mark.parametrize("route", app.urlpatterns, ids=str)
-async def test_view_reads_the_method_alone(route: URLPattern, calls: Calls) -> None:
+async def test_view_reads_the_method_and_waits_for_its_calls_alone(calls, capfd, route):
     calls.released.set()
-    answer = await route.callback(SimpleNamespace(method="GET"))
+    waits = {"health/": [], "data/": [0.1], "dashboard/": [0.05, 0.05]}
+    answer = await route.callback(GET)
     assert answer.content.decode() == ANSWERS[f"/{route.pattern}"]
+    assert calls.seconds == waits[str(route.pattern)]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_health_check_waits_for_nothing():
+    with pytest.raises(StopIteration):  # The coroutine ends in its first step.
+        app.health_check(GET).send(None)
+
+
+async def test_not_found_is_any_other_path_and_reads_nothing(client, capfd):
+    for url in ANSWERS:
+        for unknown in (f"/a{url}", f"{url}a", url[:-1], url.upper()):
+            assert (await client.get(unknown)).text == NOT_FOUND
+    assert app.not_found(object(), object()).content.decode() == NOT_FOUND
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("route", app.urlpatterns[1:], ids=str)
-async def test_view_heeds_its_cancellation(route: URLPattern, calls: Calls) -> None:
-    view = create_task(route.callback(SimpleNamespace(method="GET")))
-    await to_thread(wait_for, "call started", lambda: bool(calls.started), True, view)
+async def test_view_heeds_its_cancellation(calls, route):
+    view = create_task(route.callback(GET))
+    await calls.see("started")
     view.cancel()
     with pytest.raises(asyncio.CancelledError):
         await view
 
 
-@pytest.mark.parametrize(("url", "count"), [("/data/", 100), ("/dashboard/", 200)])
-async def test_one_event_loop_serves_100_requests_at_once(
-    client: AsyncClient, calls: Calls, url: str, count: int
-) -> None:
-    requests = [create_task(client.get(url)) for _ in range(100)]
-    in_flight = ("calls in flight", lambda: len(calls.started), count)
-    await to_thread(wait_for, *in_flight, *requests)
+# A request holds a thread, and faulthandler shows 100 of them.
+@pytest.mark.parametrize(("url", "count"), [("/data/", 1), ("/dashboard/", 2)])
+async def test_one_event_loop_serves_90_requests_at_once(client, calls, url, count):
+    requests = [create_task(client.get(url)) for _ in range(90)]
+    await calls.see(*["started"] * 90 * count)
     assert (await client.get("/health/")).text == ANSWERS["/health/"]
     assert not any(request.done() for request in requests)
     calls.released.set()
     assert {answer.text for answer in await gather(*requests)} == {ANSWERS[url]}
 
 
-class ServiceError(ConnectionError, TimeoutError):
+class ServiceError(ConnectionError, TimeoutError, ValueError, KeyError, RuntimeError):
     """What a real call may raise, so that nothing which catches it stays unseen."""
 
 
 @pytest.mark.parametrize("source", ["get_user_stats", "get_transaction_stats"])
 async def test_call_that_raises_is_a_500_at_once_and_the_other_runs_on(
-    client: AsyncClient, calls: Calls, caplog: pytest.LogCaptureFixture, source: str
-) -> None:
+    client, calls, caplog, source
+):
     with patch.object(app, source, side_effect=ServiceError("service is down")) as call:
-        request = create_task(client.get("/dashboard/"))
-        await to_thread(wait_for, "answer while a call is held", request.done, True)
-    status, headers, text = exact(await request)
-    assert (status, headers) == (500, HTML)
+        with fail_after(PATIENCE):
+            status, headers, text = exact(await client.get("/dashboard/"))
+    assert (status, headers, "service is down" in text) == (500, HTML, False)
     assert "Server Error (500)" in text
-    assert "service is down" not in text
-    assert [record.exc_info[1] for record in caplog.records] == [call.side_effect]
+    failures = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert failures == [call.side_effect]
     call.assert_awaited_once()
-    assert calls.ended == []
     calls.released.set()
-    await to_thread(wait_for, "the other call's end", lambda: calls.ended, [0.05])
+    await calls.see("started", "ended")
 
 
-async def test_sync_view_that_blocks_leaves_async_view_free(
-    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_sync_view_that_blocks_leaves_async_view_free(client, monkeypatch):
     blocked, unblocked = threading.Event(), threading.Event()
 
-    def blocking_view(request: HttpRequest) -> HttpResponse:
+    def blocking_view(request):
         blocked.set()
         return HttpResponse(f"unblocked: {unblocked.wait(PATIENCE)}")
 
     monkeypatch.setattr(app.urlpatterns[1], "callback", blocking_view)
     request = create_task(client.get("/data/"))
-    await to_thread(wait_for, "sync view called", blocked.is_set, True, request)
-    health = await client.get("/health/")
+    await asyncio.to_thread(blocked.wait, PATIENCE)
+    assert (await client.get("/health/")).text == ANSWERS["/health/"]
     unblocked.set()
-    assert health.text == ANSWERS["/health/"]
     assert (await request).text == "unblocked: True"
 
 
-def test_django_is_as_it_comes_but_for_two_settings() -> None:
-    assert {"LOGGING_CONFIG", "ROOT_URLCONF"} == SETTINGS
-    assert type(app.application) is ASGIHandler
-
-
 # Without what would change how Python, Django or uvicorn runs.
-ENVIRONMENT = {
-    name: value
-    for name, value in os.environ.items()
-    if not re.match("DJANGO_|PYTHON(?!PATH)|UVICORN_|WEB_CONCURRENCY", name)
-} | {"PYTHONUNBUFFERED": "1"}
+CHANGING = "DJANGO_|PYTHON(?!PATH)|UVICORN_|WEB_CONCURRENCY"
+ENVIRONMENT = {n: v for n, v in os.environ.items() if not re.match(CHANGING, n)}
+# Once the command ends, or stdin does, as with this process, all of it is killed.
+LEASH = """("$@"; echo "exit status $?"; kill -KILL 0) & exec >/dev/null 2>&1
+read -r line; kill -KILL 0"""
 
 
 @contextmanager
-def python(*arguments: str, folder: str | Path = HERE) -> Iterator[tuple[Popen, Get]]:
-    """Run Python; yield its process and what reads its output. Leave no process."""
-    with NamedTemporaryFile() as output:
-        read = Path(output.name).read_text
-        process = Popen(
-            [sys.executable, *arguments],
-            cwd=folder,
-            env=ENVIRONMENT,
-            stdin=PIPE,
-            stdout=output,
-            stderr=STDOUT,
-            start_new_session=True,
-        )
-        try:
-            yield process, read
-        finally:
-            process.terminate()
-            process.stdin.close()  # This frees the calls that are held.
-            try:
-                process.wait(PATIENCE)
-            finally:
-                # What it started may be left over, such as a --reload worker.
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                print(read())  # pytest shows it when the test fails.
+def python(*arguments, folder=HERE, pass_fds=()):
+    """Run Python on a leash, and yield its process, whose `communicate` ends it."""
+    process = Popen(
+        ["sh", "-c", LEASH, "sh", sys.executable, *arguments],
+        cwd=folder,
+        env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"},
+        pass_fds=pass_fds,
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        print(process.communicate()[0])  # pytest shows it when the test fails.
 
 
-@contextmanager
-def serve(
-    *arguments: str, folder: str | Path = HERE
-) -> Iterator[tuple[Popen, Get, Client]]:
-    """Run uvicorn on a free port; yield its process, what reads its log, a client."""
-    uvicorn = ("-m", "uvicorn", "--port", "0", "--no-access-log", "--no-use-colors")
-    with python(*uvicorn, *arguments, folder=folder) as (process, log):
-
-        def started() -> bool:
-            assert process.poll() is None
-            return "running on" in log() and "startup complete" in log()
-
-        wait_for("uvicorn started", started, True)
-        url = re.search(r"running on (\S+)", log())[1]
-        with Client(base_url=url, timeout=PATIENCE, trust_env=False) as client:
-            yield process, log, client
+@asynccontextmanager
+async def serve(*arguments, folder=HERE):
+    """Run uvicorn, and yield a client of it and its process."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        # uvicorn takes it for a Unix socket. Without this, each answer takes 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        fd, url = listener.fileno(), f"http://127.0.0.1:{listener.getsockname()[1]}"
+        options = ("--fd", str(fd), "--no-access-log", "--no-use-colors", *arguments)
+        with python("-m", "uvicorn", *options, folder=folder, pass_fds=[fd]) as process:
+            listener.close()  # uvicorn has it now. Until it is up, a client waits.
+            client = AsyncClient(base_url=url, timeout=PATIENCE, trust_env=False)
+            async with client:
+                yield client, process
 
 
-def test_uvicorn_answers_over_tcp_and_logs_failures_alone() -> None:
-    with serve("app:application") as (_, log, client):
-        assert {url: client.get(url).text for url in ANSWERS} == ANSWERS
-        assert {client.head(url).status_code for url in ANSWERS} == {200}
-        assert client.get("/health").text == NOT_FOUND
-        assert client.post("/health/").status_code == 405
-        *start, running, missing, refused = log().splitlines()
-        assert {line.split(":")[0] for line in [*start, running]} == {"INFO"}
-        assert "running on" in running
-        assert missing == "Not Found: /health"
-        assert refused == "Method Not Allowed (POST): /health/"
-
-
-def failing_application() -> ASGIHandler:
+def failing_application():
     """Give the app a source that cannot be called; uvicorn's own process calls this."""
     app.get_user_stats = None
     return app.application
 
 
-def test_traceback_of_a_view_is_on_stderr_once() -> None:
-    with serve("test_app:failing_application", "--factory") as (_, log, client):
-        assert client.get("/dashboard/").status_code == 500
-        failure = log().partition("(Press CTRL+C to quit)\n")[2]
-        assert failure.startswith("Internal Server Error: /dashboard/\nTraceback")
-        assert failure.endswith("TypeError: 'NoneType' object is not callable\n")
-        assert failure.count("Traceback") == 1
+async def test_uvicorn_logs_failures_alone_with_one_traceback_each():
+    async with serve("test_app:failing_application", "--factory") as (client, process):
+        for url, status in zip(ANSWERS, [200, 200, 500], strict=True):
+            assert (await client.get(url)).status_code == status
+        assert (await client.get("/health")).text == NOT_FOUND
+        assert (await client.post("/health/")).status_code == 405
+        log = process.communicate()[0]
+    start, failures = log.split("(Press CTRL+C to quit)\n")
+    assert {line.split(":")[0] for line in start.splitlines()} == {"INFO"}
+    failed, *traceback, error, missing, refused = failures.splitlines()
+    assert failed == "Internal Server Error: /dashboard/"
+    assert "".join(traceback).count("Traceback") == 1
+    assert error == "TypeError: 'NoneType' object is not callable"
+    assert missing == "Not Found: /health"
+    assert refused == "Method Not Allowed (POST): /health/"
 
 
-def held_application() -> ASGIHandler:
-    """Hold each simulated call until stdin ends; uvicorn's own process calls this."""
+def held_application():
+    """Hold each simulated call; answer its events. uvicorn's own process calls this."""
+    calls = Calls()
+    app.asyncio = calls.asyncio
 
-    async def sleep(seconds: float) -> None:
-        print("in flight")
-        try:
-            await to_thread(sys.stdin.buffer.read)
-        except asyncio.CancelledError:
-            print("cancelled")
-            raise
+    async def event(request):
+        return HttpResponse(await calls.events.get())
 
-    app.asyncio = SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
+    async def release(request):
+        calls.released.set()
+        return HttpResponse()
+
+    app.urlpatterns += [path("event/", event), path("release/", release)]
     return app.application
 
 
-def test_requests_over_tcp_overlap_and_outlive_sigterm() -> None:
-    server = serve("test_app:held_application", "--factory")
-    with ThreadPoolExecutor() as pool, server as (process, log, client):
-        requests = [pool.submit(client.get, "/dashboard/") for _ in range(2)]
-        wait_for("calls in flight", lambda: log().count("in flight"), 4, *requests)
-        process.terminate()
-        wait_for("waiting", lambda: "Waiting for connections" in log(), True, *requests)
-        process.stdin.close()
-        answers = [request.result().text for request in requests]
-        assert answers == [ANSWERS["/dashboard/"]] * 2
+async def see(server, *events):
+    assert [(await server.get("/event/")).text for _ in events] == [*events]
 
 
-def test_client_that_leaves_cancels_the_calls() -> None:
-    server = serve("test_app:held_application", "--factory")
-    with ThreadPoolExecutor() as pool, server as (_, log, client):
-        address = (client.base_url.host, client.base_url.port)
-        for url, calls in (("/data/", 1), ("/dashboard/", 1 + 2)):
-            with socket.create_connection(address, PATIENCE) as leaver:
-                leaver.sendall(f"GET {url} HTTP/1.1\r\nHost: app\r\n\r\n".encode())
-                answer = pool.submit(leaver.recv, 100)
-                wait_for("in flight", lambda: log().count("in flight"), calls, answer)
-                leaver.shutdown(socket.SHUT_RDWR)
-            wait_for("cancelled", lambda: log().count("cancelled"), calls)
-        assert client.get("/health/").text == ANSWERS["/health/"]
+async def test_client_that_leaves_cancels_the_calls():
+    async with serve("test_app:held_application", "--factory") as (client, _):
+        for url, count in (("/data/", 1), ("/dashboard/", 2)):
+            request = create_task(client.get(url))
+            await see(client, *["started"] * count)
+            request.cancel()  # httpx closes the connection.
+            await see(client, *["cancelled"] * count)
+        assert (await client.get("/health/")).text == ANSWERS["/health/"]
 
 
-def test_reload_serves_an_edited_copy_under_another_name() -> None:
+async def test_reload_serves_an_edited_copy_under_another_name():
     with TemporaryDirectory() as folder:
         copy = Path(folder, "renamed.py")
-        source = Path(app.__file__).read_text()
-        copy.write_text(source)
-
-        def edit_and_ask() -> list[str]:
-            """Edit until it is noticed: the watcher starts later than the worker."""
-            if "Reloading" not in log():
-                copy.write_text(source.replace("healthy", "edited"))
-            with suppress(TransportError):  # The worker is on its way up or down.
-                return [client.get(url).text for url in ("/health/", "/")]
-
-        server = serve("renamed:application", "--reload", folder=folder)
-        with server as (_, log, client):
-            assert client.get("/health/").text == ANSWERS["/health/"]
-            assert client.get("/").text == NOT_FOUND
-            edited = ANSWERS["/health/"].replace("healthy", "edited")
-            wait_for("answers after an edit", edit_and_ask, [edited, NOT_FOUND])
+        copy.write_text(SOURCE)
+        reloading = serve("renamed:application", "--reload", folder=folder)
+        async with reloading as (client, _):
+            assert (await client.get("/health/")).text == ANSWERS["/health/"]
+            answer = ""
+            with fail_after(PATIENCE):
+                while "edited" not in answer:
+                    # Again and again: the watcher starts later than the worker.
+                    copy.write_text(SOURCE.replace("healthy", "edited"))
+                    await asyncio.sleep(0.5)
+                    with suppress(TransportError):  # The worker was on its way down.
+                        answer = (await client.get("/health/")).text
+            assert (await client.get("/")).text == NOT_FOUND
 
 
 SUMMARY = """\
@@ -411,65 +364,85 @@ Running ASGI:
 """
 
 
-def test_running_the_file_prints_the_summary_and_ends() -> None:
-    with python("-W", "ignore", "app.py") as (process, output):
-        assert (process.wait(PATIENCE), output()) == (0, SUMMARY)
+def test_running_the_file_prints_the_summary_and_ends():
+    with python("app.py") as process:
+        assert process.stdout.read() == SUMMARY + "exit status 0\n"
 
 
 README = (HERE / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"[`/]uvicorn ((?:[^`\n\\]|\\\n)+)", README)))
 
 
-def block(word: str) -> str:
+def readme(word):
     """Return the README's first block of Python that has the word in it."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     return next(block for block in blocks if word in block)
 
 
-async def test_readme_answers_and_urls_are_true(
-    client: AsyncClient, calls: Calls
-) -> None:
+async def test_readme_answers_urls_options_and_view_are_true(client, calls):
     calls.released.set()
     examples = r"```sh\n(curl [^`]*)```\n\n```json\n([^`]*)```"
     asked, shown = re.search(examples, README).groups()
     answers = [(await client.get(url)).text for url in re.findall(r"http\S+", asked)]
     assert answers == shown.splitlines() == [*ANSWERS.values()]
-    for url in re.findall(r"http://127\.0\.0\.1[\w:/.]*", README):
+    for url in re.findall(r"http://127[\w:/.]*", README):
+        assert url.startswith("http://127.0.0.1:8000/")
         assert (await client.get(url)).status_code == 200
+    assert {*re.findall(r"-r ([\w.]+\w)", README)} == {"requirements.txt"}
+    options = {option for each in uvicorn.main.params for option in each.opts}
+    assert {*re.findall(r"`(--[\w-]+)", README)} <= options
+    left_out = r': HttpRequest| -> JsonResponse|\n    """.*?"""'
+    view = re.sub(left_out, "", inspect.getsource(app.dashboard_data), flags=re.DOTALL)
+    assert view == readme("dashboard_data")
 
 
-async def test_readme_real_calls_overlap(client: AsyncClient) -> None:
-    with serve("test_app:held_application", "--factory") as (process, log, service):
-        source = block("httpx").replace("https://users.example/stats/", "/dashboard/")
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "myproject" not in c])
+async def test_readme_command_serves(command):
+    async with serve(*shlex.split(command.replace("\\\n", ""))) as (client, _):
+        assert (await client.get("/health/")).text == ANSWERS["/health/"]
+
+
+async def test_readme_real_calls_are_as_many_as_needed(client):
+    async with serve("test_app:held_application", "--factory") as (service, _):
+        source = readme("httpx").replace("https://users.example/stats/", "/data/")
         options = f"base_url='{service.base_url}', trust_env=False, timeout={PATIENCE}"
         exec(source.replace("timeout=2", options), real := {})
         stats = real["get_user_stats"]
         with patch.multiple(app, get_user_stats=stats, get_transaction_stats=stats):
-            request = create_task(client.get("/dashboard/"))
-            in_flight = ("calls in flight", lambda: log().count("in flight"), 4)
-            await to_thread(wait_for, *in_flight, request)
-        process.stdin.close()
-        both = ANSWERS["/dashboard/"]
-        assert (await request).text == f'{{"users": {both}, "transactions": {both}}}'
+            requests = [create_task(client.get("/dashboard/")) for _ in range(51)]
+            await see(service, *["started"] * 102)  # httpx's own bound would be 100.
+            await service.get("/release/")
+            answers = {answer.text for answer in await gather(*requests)}
+        data = ANSWERS["/data/"]
+        assert answers == {f'{{"users": {data}, "transactions": {data}}}'}
         await real["client"].aclose()
 
 
-@pytest.mark.parametrize("debug", ["True", "False"])
-def test_readme_leads_into_a_project(debug: str) -> None:
+def test_readme_frees_the_threads():
+    source = f"import app\n{readme('disconnect')}print(request_started.receivers)"
+    with python("-c", source) as process:
+        assert process.stdout.read() == "[]\nexit status 0\n"
+
+
+@pytest.mark.parametrize("debug", [True, False])
+async def test_readme_leads_into_a_project(debug):
     with TemporaryDirectory() as folder:
         call_command("startproject", "myproject", folder)
         package = Path(folder, "myproject")
-        source = Path(app.__file__).read_text()
-        imports = re.findall("import asyncio|from django.http.*|from django.views.*", source)
-        views = source[source.index("async def get_") : source.index("# Not async")]
-        package.joinpath("views.py").write_text("\n".join(imports) + "\n" + views)
-        failing = 'urlpatterns.append(path("failing/", lambda request: 1 / 0))'
-        urls = package.joinpath("urls.py").read_text() + block("urlpatterns") + failing
-        package.joinpath("urls.py").write_text(urls)
-        hosts = f'DEBUG = {debug}\nALLOWED_HOSTS = ["127.0.0.1"]\n'
-        settings = package.joinpath("settings.py").read_text()
-        package.joinpath("settings.py").write_text(settings + block("LOGGING") + hosts)
-        with serve("myproject.asgi:application", folder=folder) as (_, log, client):
-            assert {url: client.get(url).text for url in ANSWERS} == ANSWERS
-            assert client.get("/admin/").headers["location"].startswith("/admin/login/")
-            assert client.get("/failing/").status_code == 500
-            assert log().count("ZeroDivisionError: division by zero") == 1
+        imports = re.findall(r"import asyncio|from django\.(?:http|views).*", SOURCE)
+        views = SOURCE[SOURCE.index("async def get_") : SOURCE.index("# Not async")]
+        package.joinpath("views.py").write_text("\n".join([*imports, views]))
+        with package.joinpath("urls.py").open("a") as urls:
+            urls.write(readme("urlpatterns"))
+            urls.write('urlpatterns.append(path("failing/", lambda request: 1 / 0))')
+        with package.joinpath("settings.py").open("a") as settings:
+            settings.write(readme("LOGGING"))
+            settings.write(f'DEBUG = {debug}\nALLOWED_HOSTS = ["127.0.0.1"]\n')
+        [command] = [shlex.split(c) for c in COMMANDS if "myproject" in c]
+        async with serve(*command, folder=folder) as (client, process):
+            for url in ANSWERS:
+                assert (await client.get(url)).text == ANSWERS[url]
+            assert (await client.get("/admin/")).status_code == 302
+            assert (await client.get("/failing/")).status_code == 500
+            log = process.communicate()[0]
+        assert log.count("ZeroDivisionError: division by zero") == 1
