@@ -202,6 +202,7 @@ class ServiceError(ConnectionError, TimeoutError, ValueError, KeyError, RuntimeE
 async def test_call_that_raises_is_a_500_at_once_and_the_other_runs_on(
     client, calls, caplog, source
 ):
+    caplog.set_level("ERROR")
     with patch.object(app, source, side_effect=ServiceError("service is down")) as call:
         with fail_after(PATIENCE):
             status, headers, text = exact(await client.get("/dashboard/"))
@@ -241,14 +242,14 @@ read -r line; kill -KILL 0"""
 def python(*arguments, folder=HERE, pass_fds=()):
     """Run Python on a leash, and yield its process, whose `communicate` ends it."""
     process = Popen(
-        ["sh", "-c", LEASH, "sh", sys.executable, *arguments],
+        ["/bin/sh", "-c", LEASH, "sh", sys.executable, *arguments],
         cwd=folder,
         env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"},
         pass_fds=pass_fds,
         stdin=PIPE,
         stdout=PIPE,
         stderr=STDOUT,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,
     )
     try:
@@ -446,8 +447,8 @@ async def test_readme_leads_into_a_project(debug):
             settings.write(f'DEBUG = {debug}\nALLOWED_HOSTS = ["127.0.0.1"]\n')
         [command] = [shlex.split(c) for c in COMMANDS if "myproject" in c]
         async with serve(*command, folder=folder) as (client, process):
-            for url in ANSWERS:
-                assert (await client.get(url)).text == ANSWERS[url]
+            for url, answer in ANSWERS.items():
+                assert (await client.get(url)).text == answer
             assert (await client.get("/admin/")).status_code == 302
             assert (await client.get("/failing/")).status_code == 500
             log = process.communicate()[0]
