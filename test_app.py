@@ -3,7 +3,6 @@
 Async tests run on anyio's pytest plugin, which httpx brings: the `anyio` mark selects
 them, and `anyio_backend` names asyncio, the event loop that Django needs. `client`
 calls the application in this process; `serve` runs uvicorn in a process of its own.
-A project with a database tests with Django's own test runner, or with pytest-django.
 
 No test asserts how long something took: a busy machine would break it. `calls` holds
 the simulated calls until the test has seen all of them in flight at once. Calls made
@@ -407,9 +406,8 @@ async def test_readme_real_calls_are_as_many_as_needed(client):
             requests = [create_task(client.get("/dashboard/")) for _ in range(51)]
             await see(service, *["started"] * 102)  # httpx's own bound would be 100.
             await service.get("/release/")
-            answers = {answer.text for answer in await gather(*requests)}
-        data = ANSWERS["/data/"]
-        assert answers == {f'{{"users": {data}, "transactions": {data}}}'}
+            answers = await gather(*requests)
+        assert {answer.text.count(ANSWERS["/data/"]) for answer in answers} == {2}
         await real["client"].aclose()
 
 
