@@ -41,10 +41,10 @@ from httpx import ASGITransport, AsyncClient, TransportError
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # pytest does so too, but not in every import mode.
 
-with patch("time.sleep", None):  # What blocks fails, also by `from time import sleep`.
+with patch("time.sleep", None):  # A `from time import sleep` in app gets None.
     import app
 
-# Python drops a Ctrl+C that arrives in a finalizer. This fails the test then.
+# Python drops a Ctrl+C inside a finalizer, with a warning: here, that is an error.
 DROPPED = "error::pytest.PytestUnraisableExceptionWarning"
 pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings(DROPPED)]
 
@@ -58,18 +58,18 @@ ANSWERS = {
 NOT_FOUND = '{"error": "Not found", "paths": ["/health/", "/data/", "/dashboard/"]}'
 JSON = {"content-type": "application/json"}
 HTML = {"content-type": "text/html; charset=utf-8"}
-GET = SimpleNamespace(method="GET")  # all of a request that the views read
-SOURCE = inspect.getsource(app)
+GET = SimpleNamespace(method="GET")  # all that the views read of a request
+CODE = inspect.getsource(app)
 # Read before a plugin of pytest can change them.
 SETTINGS = {n for n in dir(settings) if n.isupper() and settings.is_overridden(n)}
 
 
 @pytest.fixture(autouse=True)
 def hang_ends_the_run(capfd):
-    """End a run that a test has hung for 25 s, and show what each thread does."""
+    """When a test hangs for 25 s, show what each thread does, and end the run."""
     with capfd.disabled():
         stderr = os.dup(2)
-    faulthandler.register(signal.SIGALRM, stderr, chain=True)
+    faulthandler.register(signal.SIGALRM, stderr, chain=True)  # It ends the run then.
     signal.alarm(25)
     yield
     signal.alarm(0)
@@ -96,7 +96,7 @@ class Calls:
         self.released = asyncio.Event()
         self.events = asyncio.Queue()
         self.seconds = []
-        # app.py's own asyncio: the event loop and uvicorn keep theirs.
+        # For app.py alone: the event loop and uvicorn keep the real one.
         self.asyncio = SimpleNamespace(**{**vars(asyncio), "sleep": self.sleep})
 
     async def sleep(self, seconds):
@@ -122,8 +122,8 @@ def calls(monkeypatch):
     return calls
 
 
-def test_app_needs_django_alone_as_it_comes_but_for_two_settings():
-    imports = re.findall(r"^\s*(?:from|import) (\w+)", SOURCE, re.MULTILINE)
+def test_app_needs_only_django_with_two_settings_changed():
+    imports = re.findall(r"^\s*(?:from|import) ([^.\s]+)", CODE, re.MULTILINE)
     assert {*imports} - sys.stdlib_module_names == {"django"}
     assert {"LOGGING_CONFIG", "ROOT_URLCONF"} == SETTINGS
     assert type(app.application) is ASGIHandler
@@ -134,19 +134,19 @@ async def test_answer_depends_on_path_and_method_alone(client, calls, caplog, ur
     calls.released.set()
     caplog.set_level("DEBUG")
     read = (200, JSON, ANSWERS[url]) if url in ANSWERS else (404, JSON, NOT_FOUND)
-    refused = (405, {**HTML, "allow": "GET, HEAD"}, "") if url in ANSWERS else read
+    other = (405, {**HTML, "allow": "GET, HEAD"}, "") if url in ANSWERS else read
     wanted = {"GET": read, "HEAD": (*read[:2], "")}
     methods = ["GET"] * 100 + ["HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
     for number, method in enumerate(methods):
         headers = dict.fromkeys(["Accept", "Cookie", "Host"], f"{number}={number}")
         answer = await client.request(method, f"{url}?{number}", headers=headers)
         seen = (answer.status_code, answer.headers, answer.text)
-        assert seen == wanted.get(method, refused), (method, number)
+        assert seen == wanted.get(method, other), (method, number)
     assert app.__file__ not in {record.pathname for record in caplog.records}
 
 
 @pytest.mark.parametrize("route", app.urlpatterns, ids=str)
-async def test_view_reads_the_method_and_waits_for_its_calls_alone(calls, capfd, route):
+async def test_view_reads_method_alone_and_awaits_its_calls_alone(calls, capfd, route):
     calls.released.set()
     waits = {"health/": [], "data/": [0.1], "dashboard/": [0.05, 0.05]}
     answer = await route.callback(GET)
@@ -180,7 +180,7 @@ async def test_view_or_source_heeds_its_cancellation(calls, call):
         await task
 
 
-# A request holds a thread, and faulthandler shows 100 of them.
+# 90: Django holds a thread for each, and faulthandler shows 100 after a hang.
 @pytest.mark.parametrize(("url", "count"), [("/data/", 1), ("/dashboard/", 2)])
 async def test_one_event_loop_serves_90_requests_at_once(client, calls, url, count):
     requests = [create_task(client.get(url)) for _ in range(90)]
@@ -192,7 +192,7 @@ async def test_one_event_loop_serves_90_requests_at_once(client, calls, url, cou
 
 
 class ServiceError(ConnectionError, TimeoutError, ValueError, KeyError, RuntimeError):
-    """What a real call may raise, so that nothing which catches it stays unseen."""
+    """All that a real call may raise, as app.py is to catch none of it."""
 
 
 @pytest.mark.parametrize("source", ["get_user_stats", "get_transaction_stats"])
@@ -229,17 +229,17 @@ async def test_sync_view_that_blocks_leaves_async_view_free(client, monkeypatch)
     assert (await request).status_code == 200
 
 
-# Without what would change how Python, Django or uvicorn runs.
+# Left out: what changes how Python, Django or uvicorn runs.
 CHANGING = "DJANGO_|PYTHON(?!PATH)|UVICORN_|WEB_CONCURRENCY"
 ENVIRONMENT = {n: v for n, v in os.environ.items() if not re.match(CHANGING, n)}
-ENVIRONMENT["PYTHONUNBUFFERED"] = "1"
-# Once the command ends, or stdin does, as with this process, all of it is killed.
+# The shell prints the command's exit status, then kills its own process group. It also
+# kills the group once stdin closes: when the test is done, or this process is gone.
 LEASH = '("$@"; echo "exit status $?"; kill -KILL 0) & read -r line; kill -KILL 0'
 
 
 def python(*arguments, cwd=HERE, **options):
-    """Run Python on a leash. Leaving the process, a context manager, ends it."""
-    command = ["/bin/sh", "-c", LEASH, "sh", sys.executable, *arguments]
+    """Run Python on a leash, in its own process group. Leaving the `with` ends it."""
+    command = ["/bin/sh", "-c", LEASH, "sh", sys.executable, "-u", *arguments]
     return Popen(
         command, cwd=cwd, env=ENVIRONMENT, stdin=PIPE, start_new_session=True, **options
     )
@@ -249,12 +249,12 @@ def python(*arguments, cwd=HERE, **options):
 async def serve(*arguments, cwd=HERE):
     """Run uvicorn, and yield a client of it; `capfd` reads its log."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        # uvicorn takes it for a Unix socket. Without this, each answer takes 40 ms.
+        # uvicorn mistakes an --fd for a Unix socket, and its answers would take 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         fd, url = listener.fileno(), f"http://127.0.0.1:{listener.getsockname()[1]}"
         options = ("--fd", str(fd), "--no-access-log", "--no-use-colors", *arguments)
         with python("-m", "uvicorn", *options, cwd=cwd, pass_fds=[fd]):
-            listener.close()  # uvicorn has it now. Until it is up, a client waits.
+            listener.close()  # uvicorn's copy queues clients until it is up.
             client = AsyncClient(base_url=url, timeout=PATIENCE, trust_env=False)
             async with client:
                 yield client
@@ -285,7 +285,7 @@ async def test_uvicorn_logs_failures_alone_with_one_traceback_each(capfd):
 
 
 def held_application():
-    """Hold each simulated call; answer its events. uvicorn's own process calls this."""
+    """Hold each simulated call; serve its events. uvicorn's own process calls this."""
     calls = Calls()
     app.asyncio = calls.asyncio
 
@@ -300,8 +300,8 @@ def held_application():
     return app.application
 
 
-async def see(server, *events):
-    assert [(await server.get("/event/")).text for _ in events] == [*events]
+async def see(client, *events):
+    assert [(await client.get("/event/")).text for _ in events] == [*events]
 
 
 async def test_client_that_leaves_cancels_the_calls():
@@ -316,15 +316,15 @@ async def test_client_that_leaves_cancels_the_calls():
 
 async def test_reload_serves_an_edited_copy_under_another_name():
     with TemporaryDirectory() as folder:
-        copy = Path(folder, "renamed.py")
-        copy.write_text(SOURCE)
+        copy = Path(folder) / "renamed.py"
+        copy.write_text(CODE)
         async with serve("renamed:application", "--reload", cwd=folder) as client:
             assert (await client.get("/health/")).text == ANSWERS["/health/"]
             answer = ""
             with fail_after(PATIENCE):
                 while "edited" not in answer:
                     # Again and again: the watcher starts later than the worker.
-                    copy.write_text(SOURCE.replace("healthy", "edited"))
+                    copy.write_text(CODE.replace("healthy", "edited"))
                     await asyncio.sleep(0.5)
                     with suppress(TransportError):  # The worker was on its way down.
                         answer = (await client.get("/health/")).text
@@ -383,7 +383,8 @@ async def test_readme_answers_urls_options_and_view_are_true(client, calls):
         assert (await client.get(url)).status_code == 200
     assert {*re.findall(r"-r ([\w.]+\w)", README)} == {"requirements.txt"}
     options = {option for each in uvicorn.main.params for option in each.opts}
-    assert {*re.findall(r"`(--[\w-]+)", README)} <= options
+    spans = " ".join(re.findall(r"`(--[^`]+)`", README))
+    assert {*re.findall(r"--[\w-]+", spans)} <= options
     left_out = r': HttpRequest| -> JsonResponse|\n    """.*?"""'
     view = re.sub(left_out, "", inspect.getsource(app.dashboard_data), flags=re.DOTALL)
     assert view == readme("dashboard_data")
@@ -396,11 +397,11 @@ async def test_readme_command_serves(command):
 
 
 @pytest.mark.skipif(getrlimit(RLIMIT_NOFILE)[0] < 128, reason="too few open files")
-async def test_readme_real_calls_are_as_many_as_needed(client):
+async def test_readme_real_calls_are_not_capped_at_100(client):
     async with serve("test_app:held_application", "--factory") as service:
-        source = readme("httpx").replace("https://users.example/stats/", "/data/")
-        options = f"base_url='{service.base_url}', trust_env=False, timeout={PATIENCE}"
-        exec(source.replace("timeout=2", options), real := {})
+        code = readme("httpx").replace("https://users.example/stats/", "/data/")
+        options = f"base_url='{service.base_url}', trust_env=False, timeout={PATIENCE},"
+        exec(code.replace("timeout=2,", options), real := {})
         stats = real["get_user_stats"]
         with patch.multiple(app, get_user_stats=stats, get_transaction_stats=stats):
             requests = [create_task(client.get("/dashboard/")) for _ in range(51)]
@@ -411,12 +412,11 @@ async def test_readme_real_calls_are_as_many_as_needed(client):
         await real["client"].aclose()
 
 
-def test_readme_frees_the_threads(capfd):
-    count = "\nprint(len(request_started.receivers))\n"
-    source = f"import app\n{readme('disconnect')}".replace("\n\n", count) + count
-    with python("-c", source) as process:
+def test_readme_disconnects_what_holds_a_thread(capfd):
+    code = f"import app\n{readme('disconnect')}print(len(request_started.receivers))"
+    with python("-c", code) as process:
         process.wait()
-    assert capfd.readouterr() == ("2\n0\nexit status 0\n", "")
+    assert capfd.readouterr() == ("0\nexit status 0\n", "")
 
 
 @pytest.mark.parametrize("debug", [True, False])
@@ -424,19 +424,21 @@ async def test_readme_leads_into_a_project(debug, capfd):
     with TemporaryDirectory() as folder:
         call_command("startproject", "myproject", folder)
         package = Path(folder, "myproject")
-        imports = re.findall(r"import asyncio|from django\.(?:http|views).*", SOURCE)
-        views = SOURCE[SOURCE.index("async def get_") : SOURCE.index("# Not async")]
+        imports = re.findall(r"import asyncio|from django\.\S*http .*", CODE)
+        views = CODE[CODE.index("async def get_") : CODE.index("# Not async")]
         package.joinpath("views.py").write_text("\n".join([*imports, views]))
         with package.joinpath("urls.py").open("a") as urls:
             urls.write(readme("urlpatterns"))
             urls.write('urlpatterns.append(path("failing/", lambda request: 1 / 0))')
-        with package.joinpath("settings.py").open("a") as settings:
-            settings.write(readme("LOGGING"))
-            settings.write(f'DEBUG = {debug}\nALLOWED_HOSTS = ["127.0.0.1"]\n')
+        with package.joinpath("settings.py").open("a") as file:
+            file.write(readme("LOGGING"))
+            file.write(f'DEBUG = {debug}\nALLOWED_HOSTS = ["127.0.0.1"]\n')
         [command] = [shlex.split(c) for c in COMMANDS if "myproject" in c]
         async with serve(*command, cwd=folder) as client:
             for url, answer in ANSWERS.items():
                 assert (await client.get(url)).text == answer
             assert (await client.get("/admin/")).status_code == 302
             assert (await client.get("/failing/")).status_code == 500
-    assert capfd.readouterr().err.count("ZeroDivisionError: division by zero") == 1
+    log = capfd.readouterr().err
+    assert "Application startup complete" in log  # uvicorn's own logger is still on.
+    assert log.count("ZeroDivisionError: division by zero") == 1
