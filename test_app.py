@@ -149,8 +149,7 @@ async def test_answer_depends_on_path_and_method_alone(client, calls, caplog, ur
 async def test_view_reads_method_alone_and_awaits_its_calls_alone(calls, capfd, route):
     calls.released.set()
     waits = {"health/": [], "data/": [0.1], "dashboard/": [0.05, 0.05]}
-    answer = await route.callback(GET)
-    assert answer.content.decode() == ANSWERS[f"/{route.pattern}"]
+    await route.callback(GET)
     assert calls.seconds == waits[str(route.pattern)]
     assert capfd.readouterr() == ("", "")
 
