@@ -35,6 +35,12 @@ settings.configure(
 )
 
 
+async def get_data() -> dict[str, str]:
+    """Return {"message": str} after 0.1 s, as a slow service might."""
+    await asyncio.sleep(0.1)
+    return {"message": "Data fetched asynchronously"}
+
+
 async def get_user_stats() -> dict[str, int]:
     """Return {"users": int, "active": int} after 0.05 s, as a user service might."""
     await asyncio.sleep(0.05)
@@ -47,26 +53,26 @@ async def get_transaction_stats() -> dict[str, int]:
     return {"total": 5000, "today": 42}
 
 
-# Bare Django answers a POST or a DELETE as it does a GET; require_safe answers 405.
+# Bare Django answers a POST or a DELETE as it does a GET; require_safe returns 405.
 @require_safe
 async def health_check(request: HttpRequest) -> JsonResponse:
-    """Answer {"status": str, "async": bool} at once: an async view need not await."""
+    """Return {"status": str, "async": bool} at once: an async view need not await."""
     return JsonResponse({"status": "healthy", "async": True})
 
 
 @require_safe
 async def fetch_data(request: HttpRequest) -> JsonResponse:
-    """Answer {"message": str} after awaiting one simulated call of 0.1 s."""
-    await asyncio.sleep(0.1)
-    return JsonResponse({"message": "Data fetched asynchronously"})
+    """Return {"message": str} after awaiting one call of 0.1 s."""
+    data = await get_data()
+    return JsonResponse(data)
 
 
 @require_safe
 async def dashboard_data(request: HttpRequest) -> JsonResponse:
-    """Answer {"users": {str: int}, "transactions": {str: int}} after 0.05 s.
+    """Return {"users": {str: int}, "transactions": {str: int}} after 0.05 s.
 
-    Both calls run at the same time. If one raises, the answer is a 500 at once, and
-    the other call runs on to its end.
+    Both calls run at the same time. If one raises, the response is a 500 at once, and
+    the other call keeps running.
     """
     users, transactions = await asyncio.gather(
         get_user_stats(), get_transaction_stats()
@@ -74,22 +80,12 @@ async def dashboard_data(request: HttpRequest) -> JsonResponse:
     return JsonResponse({"users": users, "transactions": transactions})
 
 
-# Not async: Django calls error handlers without `await`, and would answer 500.
-def not_found(request: HttpRequest, exception: Exception) -> JsonResponse:
-    """Answer an unknown path with a 404: {"error": str, "paths": [str]}.
-
-    For this demo only: in a project it would publish every route, `admin/` included.
-    """
-    paths = [f"/{route.pattern}" for route in urlpatterns]
-    return JsonResponse({"error": "Not found", "paths": paths}, status=404)
-
-
 urlpatterns = [
+    path("", dashboard_data),  # the link that uvicorn prints
     path("health/", health_check),
     path("data/", fetch_data),
     path("dashboard/", dashboard_data),
 ]
-handler404 = not_found
 
 application = get_asgi_application()
 
