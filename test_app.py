@@ -12,7 +12,6 @@ import logging
 import re
 import sys
 import time
-from asyncio import create_task
 from contextlib import suppress
 from pathlib import Path
 from socket import create_server
@@ -63,7 +62,8 @@ class Calls:
         async def call(*args, **kwargs):
             self.events.put_nowait("started")
             try:
-                await self.released.wait()
+                with fail_after(PATIENCE):
+                    await self.released.wait()
             except asyncio.CancelledError:
                 self.events.put_nowait("cancelled")
                 raise
@@ -165,7 +165,7 @@ waiting_views = pytest.mark.parametrize(
 async def test_50_requests_wait_at_once(client, calls, monkeypatch, url, count):
     for sleep in ["asyncio.sleep", "time.sleep", "app.sleep"]:
         monkeypatch.setattr(sleep, None, raising=False)  # Only the calls may wait.
-    requests = [create_task(client.get(url)) for _ in range(50)]
+    requests = [asyncio.create_task(client.get(url)) for _ in range(50)]
     await calls.expect(*["started"] * 50 * count)
     with fail_after(PATIENCE):
         assert (await client.get("/health/")).status_code == 200
@@ -190,7 +190,7 @@ async def test_failing_call_is_a_500_at_once(client, calls, monkeypatch, caplog,
 
 @waiting_views
 async def test_view_passes_its_cancellation_on(calls, url, count):
-    task = create_task(resolve(url).func(AsyncRequestFactory().get(url)))
+    task = asyncio.create_task(resolve(url).func(AsyncRequestFactory().get(url)))
     await calls.expect(*["started"] * count)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -202,10 +202,10 @@ async def test_client_that_leaves_cancels_the_calls(calls, url, count):
     listener = create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(app.application, ws="none", log_config=None))
-    serving = create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         async with AsyncClient(trust_env=False) as client:  # not through a proxy
-            request = create_task(client.get(f"http://127.0.0.1:{port}{url}"))
+            request = asyncio.create_task(client.get(f"http://127.0.0.1:{port}{url}"))
             await calls.expect(*["started"] * count)
             request.cancel()  # httpx closes the connection.
             await calls.expect(*["cancelled"] * count)
