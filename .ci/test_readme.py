@@ -1,6 +1,6 @@
 """Checks that what README.md shows is true, and that app.py prints its summary.
 
-`.ci/run` runs them after the tests of app.py.
+`.ci/run` runs them after the tests of app.py, with httpx2 installed as well.
 """
 
 import inspect
@@ -78,7 +78,7 @@ def serve_by_uvicorn(command, folder=ROOT):
 
 
 def test_each_block_has_a_check():
-    assert len(BLOCKS) == 13, "A check is missing here for a new block of README.md."
+    assert len(BLOCKS) == 17, "A check is missing here for a new block of README.md."
 
 
 def test_view_is_the_one_in_app():
@@ -88,7 +88,7 @@ def test_view_is_the_one_in_app():
 
 
 def test_files_exist():
-    for name in find(r"-r ([\w.]+\w)"):
+    for name in find(r"(?:-r|--with-requirements) ([\w.]+\w)"):
         assert (ROOT / name).is_file()
 
 
@@ -108,7 +108,7 @@ def test_uvicorn_command_serves(command):
 
 
 def test_uvicorn_commands_are_all_run():
-    modules = {"app", "myproject.asgi"}
+    modules = {"app", "blocking", "plain", "myproject.asgi"}
     assert {command.split(":")[0] for command in UVICORN} == modules
 
 
@@ -145,6 +145,32 @@ def failed_tests(folder):
     return re.findall(r"^FAILED test_app.py::(\S+)", result.stdout, re.MULTILINE)
 
 
+def test_new_view_passes_its_test(tmp_path):
+    [route] = find(r"`(path\(\"greeting/.*\),)`")
+    routes = "urlpatterns = [\n"
+    view = block("async def greeting")
+    source = replace(SOURCE, routes, f"{view}\n\n{routes}    {route}\n")
+    tests = (ROOT / "test_app.py").read_text(encoding="utf-8")
+    (tmp_path / "app.py").write_text(source)
+    (tmp_path / "test_app.py").write_text(f"{tests}\n\n{block('def test_greeting')}")
+    assert failed_tests(tmp_path) == []
+
+
+@pytest.mark.parametrize(("module", "is_async"), [("blocking", True), ("plain", False)])
+def test_copy_for_the_table_blocks(tmp_path, module, is_async):
+    shutil.copy(ROOT / "app.py", tmp_path)
+    for copy in ["blocking", "plain"]:
+        command, server = block(f"> {copy}.py").split(" && .venv/bin/uvicorn ")
+        run(["bash", "-c", command], cwd=tmp_path, check=True)
+        if copy == module:
+            break
+    source = (tmp_path / f"{module}.py").read_text()
+    assert source.count("time.sleep(0.1)") == 1
+    assert ("async def fetch_data" in source) == is_async
+    with serve_by_uvicorn(server, tmp_path) as client:
+        assert client.get("/data/").json() == {"message": "Data fetched asynchronously"}
+
+
 def test_wsgiref_serves(tmp_path):
     script = re.search(r'python -c "(.*)"', block("wsgiref"), re.DOTALL)[1]
     script = f"import sys{replace(script, '8000', 'int(sys.argv[1])')}"
@@ -155,7 +181,7 @@ def test_wsgiref_serves(tmp_path):
 def test_real_call_fails_only_the_test_that_names_it(tmp_path):
     with serve_by_uvicorn("app:application") as service:
         url = f"{service.base_url}/data/"
-        real = replace(block("httpx.Async"), "https://users.example/stats/", url)
+        real = replace(block("httpx2.Async"), "https://users.example/stats/", url)
         simulated = inspect.getsource(app.get_user_stats)
         (tmp_path / "app.py").write_text(replace(SOURCE, simulated, real))
         shutil.copy(ROOT / "test_app.py", tmp_path)
@@ -164,6 +190,7 @@ def test_real_call_fails_only_the_test_that_names_it(tmp_path):
         assert users == {"message": "Data fetched asynchronously"}
         [failed] = failed_tests(tmp_path)
     assert failed.startswith("test_simulated_call[get_user_stats-")
+    assert "`get_user_stats` case of `test_simulated_call`" in README
 
 
 @pytest.mark.parametrize("debug", [True, False])
