@@ -137,7 +137,6 @@ async def test_simulated_call(monkeypatch, name, seconds, result):
     call = getattr(app, name)
     assert await call() == result
     sleep.assert_awaited_once_with(seconds)
-
     sleep.side_effect = asyncio.CancelledError
     with pytest.raises(asyncio.CancelledError):
         await call()
@@ -145,7 +144,7 @@ async def test_simulated_call(monkeypatch, name, seconds, result):
 
 @pytest.mark.parametrize("url", RESPONSES)
 def test_view_is_async(url):
-    # A plain `def` view that calls `async_to_sync` would pass all the other tests.
+    # A plain `def` view that calls `async_to_sync` would answer requests as well.
     assert inspect.iscoroutinefunction(resolve(url).func)
 
 
@@ -201,7 +200,10 @@ async def test_view_passes_its_cancellation_on(calls, url, count):
 async def test_client_that_leaves_cancels_the_calls(calls, url, count):
     listener = create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app.application, ws="none", log_config=None))
+    config = uvicorn.Config(
+        app.application, ws="none", log_config=None, timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         async with AsyncClient(trust_env=False) as client:  # not through a proxy
@@ -210,14 +212,12 @@ async def test_client_that_leaves_cancels_the_calls(calls, url, count):
             request.cancel()  # httpx closes the connection.
             await calls.expect(*["cancelled"] * count)
     finally:
-        calls.released.set()  # uvicorn waits for its requests.
         server.should_exit = True
         await serving
 
 
 EDIT = """
 settings.DEBUG, settings.ALLOWED_HOSTS = False, ["*"]
-
 async def get_data():
     raise OSError("service is down")
 """

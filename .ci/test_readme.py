@@ -10,11 +10,13 @@ import shutil
 import sys
 from asyncio import create_task, to_thread
 from contextlib import contextmanager
+from http import cookiejar
 from pathlib import Path
 from socket import create_server
 from subprocess import Popen, check_output, run
 from threading import Barrier
 
+import httpx2
 import pytest
 import uvicorn
 from django.http import HttpResponse
@@ -190,12 +192,35 @@ def test_real_call_fails_only_the_test_that_names_it(tmp_path):
         assert users == {"message": "Data fetched asynchronously"}
         [failed] = failed_tests(tmp_path)
     assert failed.startswith("test_simulated_call[get_user_stats-")
-    assert "`get_user_stats` case of `test_simulated_call`" in README
+    assert "`test_simulated_call`. Change or delete its `get_user_stats` case" in README
 
 
-@pytest.mark.parametrize("debug", [True, False])
-@pytest.mark.parametrize("root_prints", [True, False])
-def test_project_serves_the_views(tmp_path, capfd, debug, root_prints):
+def test_client_with_the_options_keeps_no_cookies():
+    service = httpx2.MockTransport(
+        lambda request: httpx2.Response(200, headers={"Set-Cookie": "id=1"})
+    )
+    cookies, limits = find(r"`((?:cookies|limits)=[^`]*)`")
+    names = {"httpx2": httpx2, **vars(cookiejar)}
+    options = eval(f"dict({cookies}, {limits})", names)
+    assert options["limits"].keepalive_expiry == 2
+    with httpx2.Client(transport=service, **options) as client:
+        assert client.get("https://users.example/").headers["Set-Cookie"] == "id=1"
+        assert not client.cookies
+
+
+LOGGING = block("LOGGING = {")
+# The README tells a project that has this to skip the block.
+ROOT_LOGGING = replace(
+    LOGGING,
+    '"loggers": {"django": {"handlers": ["console"]}}',
+    '"root": {"handlers": ["console"]}',
+)
+
+
+@pytest.mark.parametrize(
+    ("logging", "debug"), [(LOGGING, True), (LOGGING, False), (ROOT_LOGGING, False)]
+)
+def test_project_serves_the_views(tmp_path, capfd, logging, debug):
     startproject = [sys.executable, "-m", "django", "startproject", "myproject", "."]
     run(startproject, cwd=tmp_path, check=True)
     package = tmp_path / "myproject"
@@ -208,12 +233,7 @@ def test_project_serves_the_views(tmp_path, capfd, debug, root_prints):
         urls.write(block("from myproject.views"))
         urls.write('urlpatterns += [path("failing/", lambda request: 1 / 0)]\n')
     with (package / "settings.py").open("a") as settings:
-        settings.write(block("LOGGING = {"))
-        settings.write(f"DEBUG = {debug}\nALLOWED_HOSTS = ['127.0.0.1']\n")
-        if root_prints:
-            settings.write("LOGGING['root'] = {'handlers': ['console']}\n")
-            [handlers] = find(r"`\"handlers\": (\[\])`")
-            settings.write(f"LOGGING['loggers']['django']['handlers'] = {handlers}\n")
+        settings.write(f"{logging}DEBUG = {debug}\nALLOWED_HOSTS = ['127.0.0.1']\n")
     [command] = [command for command in UVICORN if command.startswith("myproject")]
     with serve_by_uvicorn(command, tmp_path) as client:
         for url in ["/health/", "/data/", "/dashboard/"]:
