@@ -80,7 +80,9 @@ def serve_by_uvicorn(command, folder=ROOT):
 
 
 def test_each_block_has_a_check():
-    assert len(BLOCKS) == 17, "A check is missing here for a new block of README.md."
+    assert block("gantt")
+    assert block("--workers")  # test_uvicorn_command_serves runs it.
+    assert len(BLOCKS) == 17, f"{len(BLOCKS)} blocks, and checks of 17"
 
 
 def test_view_is_the_one_in_app():
