@@ -31,24 +31,26 @@ from django.views.decorators.http import require_safe
 
 settings.configure(
     ROOT_URLCONF=__name__,  # this file, under whatever name it is copied to
+    ALLOWED_HOSTS=["localhost", "127.0.0.1", "[::1]"],  # add your own host names
     LOGGING_CONFIG=None,  # Django's default drops tracebacks while DEBUG is off
 )
 
 
-async def get_data() -> dict[str, str]:
-    """Return {"message": str} after 0.1 s, as a slow service might."""
+# These three calls only sleep. Replace each with a call to a real service.
+async def get_message() -> dict[str, str]:
+    """Stand in for a real call to a slow service: return a message after 0.1 s."""
     await asyncio.sleep(0.1)
     return {"message": "Data fetched asynchronously"}
 
 
 async def get_user_stats() -> dict[str, int]:
-    """Return {"users": int, "active": int} after 0.05 s, as a user service might."""
+    """Stand in for a real call to a user service: return two counts after 0.05 s."""
     await asyncio.sleep(0.05)
     return {"users": 1000, "active": 250}
 
 
 async def get_transaction_stats() -> dict[str, int]:
-    """Return {"total": int, "today": int} after 0.05 s, as a payment service might."""
+    """Stand in for a real call to a payment service: two counts after 0.05 s."""
     await asyncio.sleep(0.05)
     return {"total": 5000, "today": 42}
 
@@ -56,23 +58,22 @@ async def get_transaction_stats() -> dict[str, int]:
 # Bare Django answers a POST or a DELETE as it does a GET; require_safe returns 405.
 @require_safe
 async def health_check(request: HttpRequest) -> JsonResponse:
-    """Return {"status": str, "async": bool} at once: an async view need not await."""
+    """Return the status at once. An async view does not have to await anything."""
     return JsonResponse({"status": "healthy", "async": True})
 
 
 @require_safe
 async def fetch_data(request: HttpRequest) -> JsonResponse:
-    """Return {"message": str} after awaiting one call of 0.1 s."""
-    data = await get_data()
+    """Return the message of one call, which takes 0.1 s."""
+    data = await get_message()
     return JsonResponse(data)
 
 
 @require_safe
 async def dashboard_data(request: HttpRequest) -> JsonResponse:
-    """Return {"users": {str: int}, "transactions": {str: int}} after 0.05 s.
+    """Return the counts of two calls after 0.05 s, because they run concurrently.
 
-    Both calls run at the same time. If one raises, the response is a 500 at once, and
-    the other call keeps running.
+    If either call raises an exception, the response is a 500 at once.
     """
     users, transactions = await asyncio.gather(
         get_user_stats(), get_transaction_stats()
