@@ -1,7 +1,4 @@
-"""Checks that what README.md shows is true, and that app.py prints its summary.
-
-`.ci/run` runs them after the tests of app.py, with httpx2 installed as well.
-"""
+"""Checks that what README.md shows is true."""
 
 import inspect
 import re
@@ -9,11 +6,8 @@ import shlex
 import shutil
 import sys
 from asyncio import create_task, to_thread
-from contextlib import contextmanager
 from http import cookiejar
-from pathlib import Path
-from socket import create_server
-from subprocess import Popen, check_output, run
+from subprocess import check_output, run
 from threading import Barrier
 
 import httpx2
@@ -22,13 +16,11 @@ import uvicorn
 from django.http import HttpResponse
 from django.test import override_settings
 from django.urls import path
-from httpx import ASGITransport, AsyncClient, Client, HTTPTransport
+from httpx import ASGITransport, AsyncClient
+from serving import PATIENCE, ROOT, serve
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import app
 
-PATIENCE = 10  # seconds until a wait gives up
 SOURCE = (ROOT / "app.py").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\w+\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -51,27 +43,6 @@ def find(pattern):
 def replace(text, old, new):
     assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times"
     return text.replace(old, new)
-
-
-@contextmanager
-def serve(*command, folder=ROOT):
-    """Run Python with a free port as its last argument; yield a client of the server.
-
-    `capfd` reads what the server prints.
-    """
-    with create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-    process = Popen([sys.executable, *command, port], cwd=folder)
-    transport = HTTPTransport(retries=6)  # until the server accepts connections
-    try:
-        with Client(
-            base_url=f"http://127.0.0.1:{port}", transport=transport, timeout=PATIENCE
-        ) as client:
-            client.get("/")
-            yield client
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
 
 
 def serve_by_uvicorn(command, folder=ROOT):
@@ -269,11 +240,6 @@ def blocking_view(request):
 urlpatterns = [*app.urlpatterns, path("blocking/", blocking_view)]
 
 
-@pytest.fixture
-def anyio_backend():
-    return "asyncio"
-
-
 @pytest.mark.anyio
 @override_settings(ROOT_URLCONF=__name__)
 async def test_plain_view_that_blocks_leaves_the_others_free():
@@ -285,9 +251,3 @@ async def test_plain_view_that_blocks_leaves_the_others_free():
             assert (await client.get(url)).status_code == 200
         await to_thread(blocked.wait)
         assert (await request).status_code == 200
-
-
-def test_app_prints_its_summary():
-    command = [sys.executable, "app.py"]
-    summary = (ROOT / ".ci" / "summary.txt").read_text()
-    assert check_output(command, cwd=ROOT, text=True) == summary
