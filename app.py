@@ -31,7 +31,8 @@ from django.views.decorators.http import require_safe
 
 settings.configure(
     ROOT_URLCONF=__name__,  # this file, under whatever name it is copied to
-    ALLOWED_HOSTS=["localhost", "127.0.0.1", "[::1]"],  # add your own host names
+    # CommonMiddleware and build_absolute_uri() accept these. Add your host names.
+    ALLOWED_HOSTS=["localhost", "127.0.0.1", "[::1]"],
     LOGGING_CONFIG=None,  # Django's default drops tracebacks while DEBUG is off
 )
 
@@ -73,7 +74,7 @@ async def fetch_data(request: HttpRequest) -> JsonResponse:
 async def dashboard_data(request: HttpRequest) -> JsonResponse:
     """Return the counts of two calls after 0.05 s, because they run concurrently.
 
-    If either call raises an exception, the response is a 500 at once.
+    If either call raises an exception, the view raises it at once.
     """
     users, transactions = await asyncio.gather(
         get_user_stats(), get_transaction_stats()

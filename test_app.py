@@ -49,6 +49,8 @@ def calls(monkeypatch):
 
 
 def make_calls_wait(calls, barrier):
+    """Make each call wait at the barrier, which gives it a number of its own."""
+
     async def wait(*args, **kwargs):
         async with asyncio.timeout(3):
             return {"number": await barrier.wait()}
@@ -93,7 +95,7 @@ def test_view_is_async(url):
 
 @pytest.mark.parametrize(
     ("call", "seconds", "result"),
-    [
+    [  # the functions of app.py, as `calls` has not replaced them yet
         (app.get_message, 0.1, {"message": "Data fetched asynchronously"}),
         (app.get_user_stats, 0.05, {"users": 1000, "active": 250}),
         (app.get_transaction_stats, 0.05, {"total": 5000, "today": 42}),
@@ -109,14 +111,14 @@ async def test_simulated_call(monkeypatch, call, seconds, result):
 @pytest.mark.parametrize("url", NUMBER_OF_CALLS)
 async def test_100_requests_wait_at_once(client, calls, url):
     total = 100 * NUMBER_OF_CALLS[url]
-    make_calls_wait(calls, asyncio.Barrier(total or 1))  # until all have started
+    make_calls_wait(calls, asyncio.Barrier(total or 1))  # opens when all wait
     async with asyncio.timeout(3):
         requests = []
         for _ in range(100):
             requests.append(asyncio.create_task(client.get(url)))
-            await asyncio.sleep(0)  # A view that blocks the event loop is slow here.
+            await asyncio.sleep(0)  # The event loop runs, unless a view blocks it.
         responses = await asyncio.gather(*requests)
-    # Each call returned a number of its own, so no two requests share a result.
+    # Every number is there once, so no two requests share a result.
     numbers = re.findall(r"\d+", " ".join(response.text for response in responses))
     assert sorted(map(int, numbers)) == list(range(total))
     assert sum(call.await_count for call in calls.values()) == total
@@ -131,7 +133,7 @@ async def test_100_requests_wait_at_once(client, calls, url):
     ],
 )
 async def test_failing_call_is_a_500_at_once(client, calls, caplog, url, name):
-    make_calls_wait(calls, asyncio.Barrier(2))  # for ever, as one of them fails
+    make_calls_wait(calls, asyncio.Barrier(2))  # never opens: one call fails
     calls[name].side_effect = RuntimeError("no reply")
     async with asyncio.timeout(1):
         response = await client.get(url)
@@ -148,7 +150,7 @@ async def test_cancelled_view_cancels_its_calls(calls, url):
     async def wait(*args, **kwargs):
         try:
             await started.wait()
-            await asyncio.Event().wait()
+            await asyncio.Event().wait()  # for ever
         except asyncio.CancelledError as error:
             cancelled.append(error)
             raise

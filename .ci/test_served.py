@@ -13,13 +13,15 @@ from serving import PATIENCE, ROOT, get_after_edit, serve
 
 import app
 
+pytestmark = pytest.mark.anyio
+CALLS = ["get_message", "get_user_stats", "get_transaction_stats"]
+
 
 @pytest.fixture
 def anyio_backend():
     return "asyncio"
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize(("url", "count"), [("/data/", 1), ("/dashboard/", 2)])
 async def test_client_that_leaves_cancels_the_calls(monkeypatch, url, count):
     started = asyncio.Barrier(count + 1)  # the calls and this test
@@ -33,7 +35,7 @@ async def test_client_that_leaves_cancels_the_calls(monkeypatch, url, count):
             await cancelled.wait()
             raise
 
-    for name in ["get_message", "get_user_stats", "get_transaction_stats"]:
+    for name in CALLS:
         monkeypatch.setattr(app, name, call)
     listener = create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -49,6 +51,12 @@ async def test_client_that_leaves_cancels_the_calls(monkeypatch, url, count):
     finally:
         server.should_exit = True
         await server_task
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_simulated_call_does_not_block(name):
+    calls = asyncio.gather(*[getattr(app, name)() for _ in range(100)])
+    await asyncio.wait_for(calls, 3)
 
 
 EDIT = """
@@ -70,7 +78,6 @@ def test_reload_serves_an_edit_and_logs_its_failure_once(tmp_path, capfd):
     assert capfd.readouterr().err.count("RuntimeError: no reply") == 1
 
 
-@pytest.mark.anyio
 @override_settings(MIDDLEWARE=["django.middleware.common.CommonMiddleware"])
 async def test_only_local_hosts_are_allowed():
     async with AsyncClient(transport=ASGITransport(get_asgi_application())) as client:
