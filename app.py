@@ -31,13 +31,13 @@ from django.views.decorators.http import require_safe
 
 settings.configure(
     ROOT_URLCONF=__name__,  # this file, under whatever name it is copied to
-    # CommonMiddleware and build_absolute_uri() accept these. Add your host names.
+    # The hosts that CommonMiddleware and build_absolute_uri() accept: add your own.
     ALLOWED_HOSTS=["localhost", "127.0.0.1", "[::1]"],
     LOGGING_CONFIG=None,  # Django's default drops tracebacks while DEBUG is off
 )
 
 
-# These three calls only sleep. Replace each with a call to a real service.
+# These simulated calls only sleep. Put real calls in their place.
 async def get_message() -> dict[str, str]:
     """Stand in for a real call to a slow service: return a message after 0.1 s."""
     await asyncio.sleep(0.1)
@@ -45,13 +45,13 @@ async def get_message() -> dict[str, str]:
 
 
 async def get_user_stats() -> dict[str, int]:
-    """Stand in for a real call to a user service: return two counts after 0.05 s."""
+    """Stand in for a real call to a user service: return counts after 0.05 s."""
     await asyncio.sleep(0.05)
     return {"users": 1000, "active": 250}
 
 
 async def get_transaction_stats() -> dict[str, int]:
-    """Stand in for a real call to a payment service: two counts after 0.05 s."""
+    """Stand in for a real call to a payment service: return counts after 0.05 s."""
     await asyncio.sleep(0.05)
     return {"total": 5000, "today": 42}
 
