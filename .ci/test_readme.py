@@ -96,7 +96,7 @@ def test_windows_commands_are_those_of_the_block():
     assert windows == RUN.replace("\\\n  ", "").replace("python3", "python").strip()
 
 
-def test_options_and_files_exist():
+def test_names_exist():
     for options in find(r"`(--[\w-]+ [^`]+)`"):
         options = shlex.split(options.replace("ADDRESS", "192.0.2.1"))
         uvicorn.main.make_context("uvicorn", ["app:application", *options])
@@ -104,12 +104,16 @@ def test_options_and_files_exist():
         assert option in RUN + PRODUCTION
     for name in find(r"`\.venv/bin/python (.+?)`"):
         assert (ROOT / name).is_file()
+    for package in find(r'pip install "(.+?)"'):
+        assert package in (ROOT / "requirements.txt").read_text()
+    for anchor in find(r"\]\(#(.+?)\)"):
+        assert f"\n##-{anchor}\n" in README.lower().replace(" ", "-")
 
 
 def test_urls_and_curl_answer_as_shown():
     with serve_by("uvicorn app:application") as client:
-        for url in find(r"http://127\.0\.0\.1:8000/(\S*),"):
-            assert client.get(url).status_code == 200
+        for url in find(r"(?:`|8000)(/[\w/]*)[`,]"):  # `/health`, too
+            assert client.get(f"{url.rstrip('/')}/").status_code == 200
         assert find(r"GET and HEAD get a (\d+)") == [str(client.post("/").status_code)]
         command = CURL.replace("http://127.0.0.1:8000", str(client.base_url))
         assert check_output(["bash", "-c", command], text=True) == RESPONSES
@@ -199,9 +203,10 @@ urlpatterns += [path("page/", lambda request: render(request, "page.html"))]
 def test_project_serves_the_views(project, capfd, debug):
     [names] = find(r"imports of `(\w+)`, `(\w+)`, `(\w+)` and `(\w+)`")
     imports = re.findall(rf".*import .*(?:{'|'.join(names)}).*\n", SOURCE)
-    views = SOURCE[SOURCE.index("async def get_message") : SOURCE.index("urlpatterns")]
+    [(first, last)] = find(r"functions from `(\w+)` to `(\w+)`")
+    views = re.findall(rf"(?ms)^async def {first}.*def {last}.*?\n\n\n", SOURCE)
     package, page = project / "myproject", project / "page.html"
-    (package / "views.py").write_text("".join([*imports, views]))
+    (package / "views.py").write_text("".join([*imports, *views]))
     append(package / "urls.py", URLS + MORE_URLS)
     append(package / "settings.py", f"{LOGGING}DEBUG = {debug}{SETTINGS}")
     page.write_text("before")
