@@ -53,10 +53,10 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         WSGIServer.request_queue_size = REQUESTS
         WSGIRequestHandler.log_request = lambda *args: None
-        server = make_server("127.0.0.1", int(sys.argv[1]), get_wsgi_application())
-        server.serve_forever()
+        port = int(sys.argv[1])
+        make_server("localhost", port, get_wsgi_application()).serve_forever()
     print(f"One worker, {REQUESTS} concurrent requests that wait 0.1 s each | Time")
     print("--- | ---")
     for row, command, url in ROWS:
-        print(f"{row} | ", end="", flush=True)
+        print(row, end=" | ", flush=True)
         print(f"{measure(command, url):.1f} s")

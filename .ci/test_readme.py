@@ -128,8 +128,9 @@ def failed_tests(folder: Path) -> list[str]:
 
 def test_new_view_passes_its_test(tmp_path):
     [route] = find(r"`(path\(\"greeting/.*?\),)`")
-    routes = "urlpatterns = [\n"
-    source = SOURCE.replace(routes, f"{GREETING}\n\n{routes}    {route}\n")
+    source = SOURCE.replace(
+        "urlpatterns = [", f"{GREETING}\n\nurlpatterns = [\n{route}"
+    )
     (tmp_path / "app.py").write_text(source)
     (tmp_path / "test_app.py").write_text(f"{TEST_SOURCE}\n\n{GREETING_TEST}")
     assert failed_tests(tmp_path) == []

@@ -8,6 +8,7 @@ import pytest
 import uvicorn
 from django.core.asgi import get_asgi_application
 from django.test import override_settings
+from django.urls import resolve
 from httpx import ASGITransport, AsyncClient
 from serving import PATIENCE, ROOT, get_after_edit, serve
 
@@ -67,8 +68,7 @@ urlpatterns += [path("failing/", failing_view)]
 
 
 def test_reload_serves_an_edit_and_logs_its_failure_once(tmp_path, capfd):
-    source = inspect.getsource(app)
-    copy = tmp_path / "renamed.py"
+    copy, source = tmp_path / "renamed.py", inspect.getsource(app)
     copy.write_text(source)
     command = ["-m", "uvicorn", "renamed:application", "--reload", "--port"]
     with serve(*command, folder=tmp_path) as client:
@@ -86,5 +86,6 @@ async def test_only_local_hosts_are_allowed():
         assert (await client.get("http://example.com/health/")).status_code == 400
 
 
-def test_docstring_is_the_summary():
+def test_summary_and_root_are_as_agreed():
     assert app.__doc__ == (ROOT / ".ci" / "summary.txt").read_text()
+    assert resolve("/").func is resolve("/dashboard/").func
