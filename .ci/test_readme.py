@@ -4,7 +4,6 @@ import inspect
 import re
 import shlex
 import sys
-from pathlib import Path
 from subprocess import check_output, run
 
 import pytest
@@ -21,7 +20,7 @@ PROSE = " ".join(BLOCK.sub("", README).split())
 checked = set()
 
 
-def block(words: str) -> str:
+def block(words):
     """Return the one block of code that has these words in it."""
     blocks = [block for block in BLOCK.findall(README) if words in block]
     assert len(blocks) == 1, f"README.md has {len(blocks)} blocks with {words!r}"
@@ -29,7 +28,7 @@ def block(words: str) -> str:
     return blocks[0]
 
 
-def find(pattern: str) -> list:
+def find(pattern):
     """Return all that matches the pattern in the prose. Nothing is an error."""
     matches = re.findall(pattern, PROSE)
     assert matches, f"README.md has nothing that matches {pattern!r}"
@@ -72,7 +71,7 @@ def test_figures_are_those_of_app_and_workflow():
     assert find(r"CPython (\S+) to (3\.\d+)") == [(versions[0], versions[-1])]
 
 
-def serve_by(command: str, folder: Path = ROOT):
+def serve_by(command, folder=ROOT):
     arguments = shlex.split(command.replace("\\\n", ""))
     return serve("-m", *arguments, "--port", folder=folder)
 
@@ -119,7 +118,7 @@ def test_urls_and_curl_answer_as_shown():
         assert check_output(["bash", "-c", command], text=True) == RESPONSES
 
 
-def failed_tests(folder: Path) -> list[str]:
+def failed_tests(folder):
     command = [sys.executable, "-m", "pytest", "-rf", "-p", "no:cacheprovider"]
     result = run(command, cwd=folder, capture_output=True, check=False, text=True)
     assert " passed" in result.stdout, result.stdout
@@ -128,9 +127,8 @@ def failed_tests(folder: Path) -> list[str]:
 
 def test_new_view_passes_its_test(tmp_path):
     [route] = find(r"`(path\(\"greeting/.*?\),)`")
-    source = SOURCE.replace(
-        "urlpatterns = [", f"{GREETING}\n\nurlpatterns = [\n{route}"
-    )
+    start = "urlpatterns = [\n"
+    source = SOURCE.replace(start, f"{GREETING}\n\n{start}{route}\n")
     (tmp_path / "app.py").write_text(source)
     (tmp_path / "test_app.py").write_text(f"{TEST_SOURCE}\n\n{GREETING_TEST}")
     assert failed_tests(tmp_path) == []
@@ -180,7 +178,7 @@ def project(tmp_path):
     return tmp_path
 
 
-def append(file: Path, text: str) -> None:
+def append(file, text):
     file.write_text(f"{file.read_text()}\n{text}")
 
 
