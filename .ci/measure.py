@@ -36,7 +36,7 @@ ROWS = [
     ("uvicorn, `async def`, `await asyncio.sleep(0.1)`", UVICORN, "/data/"),
     ("uvicorn, `async def`, `time.sleep(0.1)`", UVICORN, "/blocking/"),
     ("uvicorn, `def`, `time.sleep(0.1)`", UVICORN, "/sync/"),
-    ("wsgiref, one thread, `async def`, `await asyncio.sleep(0.1)`", WSGIREF, "/data/"),
+    ("WSGI, one thread, `async def`, `await asyncio.sleep(0.1)`", WSGIREF, "/data/"),
 ]
 
 
